@@ -1,0 +1,1 @@
+"""Subcommands of ``gem-vllm``, one module each."""

@@ -1,0 +1,8 @@
+"""The one exception that stands for "the user can mend this"."""
+
+
+class GemError(Exception):
+    """Bad input or a missing prerequisite; the message is one line that says what to do.
+
+    The command line prints it as ``error: <message>`` and exits with code 2.
+    """

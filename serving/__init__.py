@@ -1,0 +1,1 @@
+"""Serving at scale: GEM checkpoints behind Ray."""

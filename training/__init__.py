@@ -1,0 +1,1 @@
+"""Training of GEM checkpoints."""
