@@ -6,3 +6,7 @@ class GemError(Exception):
 
     The command line prints it as ``error: <message>`` and exits with code 2.
     """
+
+
+class GemConfigError(GemError, ValueError):
+    """A checkpoint, base model or ``gem_config`` that cannot be used as it is."""
