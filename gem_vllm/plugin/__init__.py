@@ -1,0 +1,37 @@
+"""The vLLM plugin: one engine that embeds and generates.
+
+| module | what it adds to vLLM | by which hook |
+|---|---|---|
+| `models` | `Gem<Base>ForCausalLM`, made from vLLM's own classes | `ModelRegistry.register_model` |
+| `config` | one-engine settings for a GEM checkpoint | patch `config-hook` |
+| `scheduler` | special tokens behind the prompt, step counts | `scheduler_config.scheduler_cls` |
+| `worker`, `runner` | embedding requests in generating batches | `parallel_config.worker_cls` |
+| `attention` | the GEM mask in paged attention | `register_backend` |
+| `lora` | the adapter at special positions | the linear layers' `quant_method` |
+| `pooler` | special tokens' hidden states to an embedding | called by `runner` |
+| `metrics` | Prometheus counter of step kinds | `vllm.stat_logger_plugins` |
+| `patches` | the ledger of what has no public hook | see there |
+"""
+
+from __future__ import annotations
+
+
+def register() -> None:
+    """Entry point `vllm.general_plugins`; vLLM calls it in every one of its processes.
+
+    Raises:
+        GemError: this vLLM is outside the supported range.
+    """
+    from gem_vllm.compat import check_vllm_version
+    from gem_vllm.config import SUPPORTED_ARCHITECTURES
+    from gem_vllm.plugin import patches
+
+    check_vllm_version()
+
+    from vllm import ModelRegistry
+
+    supported = ModelRegistry.get_supported_archs()
+    for architecture in SUPPORTED_ARCHITECTURES.values():
+        if architecture not in supported:
+            ModelRegistry.register_model(architecture, f"gem_vllm.plugin.models:{architecture}")
+    patches.apply_all()

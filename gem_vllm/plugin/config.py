@@ -1,0 +1,95 @@
+"""Turns a GEM checkpoint's engine into one that embeds and generates."""
+
+from __future__ import annotations
+
+import os
+
+from vllm.config import PoolerConfig, VllmConfig
+from vllm.logger import init_logger
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.platforms import current_platform
+
+from gem_vllm.config import GemConfig
+
+logger = init_logger(__name__)
+
+WORKER = "gem_vllm.plugin.worker.GemWorker"
+SCHEDULER = "gem_vllm.plugin.scheduler.GemScheduler"
+
+
+class GemModelConfig(VerifyAndUpdateConfig):
+    """vLLM calls this once, in the front end, for every `Gem<Base>ForCausalLM`."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        """Refuse what cannot work, then set pooler, worker and scheduler.
+
+        Raises:
+            ValueError: an option that a GEM engine cannot honour; the message says which.
+        """
+        model_config = vllm_config.model_config
+        gem_config = GemConfig.from_hf_config(model_config.hf_config)
+        _refuse_unsupported(vllm_config, gem_config)
+
+        model_config.hf_config.embedding_size = gem_config.embedding_size(
+            model_config.get_hidden_size()
+        )
+        model_config.hf_config.is_matryoshka = True
+        model_config.pooler_config = PoolerConfig(task="embed")
+        vllm_config.parallel_config.worker_cls = WORKER
+        vllm_config.scheduler_config.scheduler_cls = SCHEDULER
+        if current_platform.is_cuda_alike():
+            _stay_on_tested_paths(vllm_config)
+
+
+def _refuse_unsupported(vllm_config: VllmConfig, gem_config: GemConfig) -> None:
+    model_config = vllm_config.model_config
+    if model_config.runner_type != "generate":
+        raise ValueError(
+            f"{model_config.model} is a GEM checkpoint: one engine embeds and generates. "
+            "Start it without --runner and --convert."
+        )
+    if vllm_config.parallel_config.worker_cls not in ("auto", WORKER):
+        raise ValueError("A GEM checkpoint brings its own worker. Leave --worker-cls unset.")
+    if vllm_config.scheduler_config.scheduler_cls not in (None, SCHEDULER):
+        raise ValueError("A GEM checkpoint brings its own scheduler. Leave --scheduler-cls unset.")
+    if vllm_config.speculative_config is not None:
+        raise ValueError(
+            "Speculative decoding is not supported with a GEM checkpoint. "
+            "Leave --speculative-config unset."
+        )
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        raise ValueError(
+            "Pipeline parallelism is not supported with a GEM checkpoint. "
+            "Use --tensor-parallel-size."
+        )
+    if model_config.enable_prompt_embeds:
+        raise ValueError(
+            "A GEM checkpoint takes text and token ids only. Leave --enable-prompt-embeds unset."
+        )
+    if model_config.max_model_len <= gem_config.k + 1:
+        raise ValueError(
+            f"--max-model-len {model_config.max_model_len} leaves no room for text before the "
+            f"{gem_config.k} GEM special tokens."
+        )
+    if not (current_platform.is_cpu() or current_platform.is_cuda_alike()):
+        raise ValueError("GEM checkpoints are served on vLLM's CPU and CUDA platforms only.")
+    if current_platform.is_cuda_alike() and gem_config.k > 1:
+        raise ValueError(
+            f"This checkpoint has k = {gem_config.k} special tokens; on CUDA this version serves "
+            "k = 1. Use the CPU build, or a checkpoint trained with --special-tokens 1."
+        )
+
+
+def _stay_on_tested_paths(vllm_config: VllmConfig) -> None:
+    """On CUDA: the V1 model runner, without compilation and CUDA graphs."""
+    if vllm_config.use_v2_model_runner:
+        if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
+            raise ValueError(
+                "GEM checkpoints run on vLLM's V1 model runner. Unset VLLM_USE_V2_MODEL_RUNNER."
+            )
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    if not vllm_config.model_config.enforce_eager:
+        raise ValueError(
+            "On CUDA, GEM checkpoints run without CUDA graphs for now. Add --enforce-eager."
+        )

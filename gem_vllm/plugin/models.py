@@ -1,0 +1,105 @@
+"""`Gem<Base>ForCausalLM`: vLLM's own model class, an adapter at special positions, masked logits.
+
+The classes are made on first use (module `__getattr__`), so that serving a Llama does not import
+the other families.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+
+from gem_vllm.config import SUPPORTED_ARCHITECTURES, GemConfig, base_architecture
+from gem_vllm.plugin.attention import register_attention
+from gem_vllm.plugin.lora import attach_adapter
+
+ADAPTER_FOLDER = "gem_adapter"
+
+if TYPE_CHECKING:
+    _Base = Any
+else:
+    _Base = object
+
+
+class GemCausalLM(_Base):
+    """What a GEM model adds to the vLLM class that follows it in the MRO.
+
+    Attributes:
+        logits_rows: int64 [n] rows whose logits the next `compute_logits` call needs, all others
+            belong to embedding requests; None for every row. The runner sets it for each step,
+            `compute_logits` uses it once.
+    """
+
+    logits_rows: torch.Tensor | None = None
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        register_attention()
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.gem_config = GemConfig.from_hf_config(vllm_config.model_config.hf_config)
+        self._model_config = vllm_config.model_config
+
+    def process_weights_after_loading(self) -> None:
+        """vLLM's hook after loading: attach the adapter, where the checkpoint has one."""
+        if self.gem_config.train_mode == "adapter":
+            attach_adapter(
+                self,
+                self.packed_modules_mapping,
+                _adapter_folder(self._model_config.model, self._model_config.revision),
+                self._model_config.dtype,
+            )
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """Logits with the special tokens at -inf: no sampling mode can emit them.
+
+        Args:
+            hidden_states: [rows, hidden].
+
+        Returns:
+            [rows, vocab]; zero in rows that `logits_rows` leaves out; [rows, 1] where it leaves
+            out all of them, a step of embedding requests only.
+        """
+        rows, self.logits_rows = self.logits_rows, None
+        if rows is None:
+            return self._generating_logits(hidden_states)
+        if len(rows) == 0:
+            return hidden_states.new_zeros(len(hidden_states), 1)
+        logits = self._generating_logits(hidden_states[rows])
+        if logits is None:
+            return None
+        spread = logits.new_zeros(len(hidden_states), logits.shape[-1])
+        spread[rows] = logits
+        return spread
+
+    def _generating_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        logits = super().compute_logits(hidden_states)
+        if logits is not None:
+            logits[:, list(self.gem_config.special_token_ids)] = -torch.inf
+        return logits
+
+
+def _adapter_folder(model: str, revision: str | None) -> Path:
+    """The checkpoint's adapter folder, fetched where `model` names a Hugging Face repository."""
+    if Path(model).is_dir():
+        return Path(model) / ADAPTER_FOLDER
+    from huggingface_hub import snapshot_download
+
+    root = snapshot_download(model, revision=revision, allow_patterns=[f"{ADAPTER_FOLDER}/*"])
+    return Path(root) / ADAPTER_FOLDER
+
+
+def __getattr__(name: str) -> type[nn.Module]:
+    if name not in SUPPORTED_ARCHITECTURES.values():
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    base = ModelRegistry._try_load_model_cls(base_architecture(name))
+    if base is None:
+        raise ImportError(f"this vLLM has no {base_architecture(name)}")
+    model_class = type(name, (GemCausalLM, base), {"__module__": __name__})
+    globals()[name] = model_class
+    return model_class

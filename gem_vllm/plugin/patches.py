@@ -1,0 +1,221 @@
+"""The ledger: every place where vLLM is changed for want of a public hook.
+
+Each patch is one function, registered below with what it changes, why, and which change upstream
+would make it needless. Each checks that the place it changes is still what it was written for, and
+fails at plugin load with the patch's name if it is not.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from gem_vllm.config import SUPPORTED_ARCHITECTURES, GemConfig, special_token
+from gem_vllm.errors import GemError
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One entry of the ledger.
+
+    Attributes:
+        name: short name, used in error messages.
+        target: dotted name of what is changed.
+        why: what does not work without it.
+        needless_when: the upstream change that would let us drop it.
+        apply: makes the change; called once in a process.
+    """
+
+    name: str
+    target: str
+    why: str
+    needless_when: str
+    apply: Callable[[], None]
+
+
+def gem_config_of(model_config: Any) -> GemConfig | None:
+    """The GEM configuration of a vLLM `ModelConfig`; None for every other model."""
+    if model_config.architecture not in SUPPORTED_ARCHITECTURES.values():
+        return None
+    return GemConfig.from_hf_config(model_config.hf_config)
+
+
+def _expect(condition: bool, patch: str, what: str) -> None:
+    if not condition:
+        raise GemError(
+            f"vLLM has moved under gem-vllm's patch '{patch}': {what}. "
+            "Install a vLLM version that this gem-vllm supports."
+        )
+
+
+def _expect_parameters(function: Callable[..., Any], patch: str, *names: str) -> None:
+    parameters = inspect.signature(function).parameters
+    missing = [name for name in names if name not in parameters]
+    _expect(
+        not missing, patch, f"{function.__qualname__} has no parameter {', '.join(missing)}"
+    )
+
+
+def _patch_config_hook() -> None:
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    from gem_vllm.plugin.config import GemModelConfig
+
+    _expect(isinstance(MODELS_CONFIG_MAP, dict), "config-hook", "MODELS_CONFIG_MAP is no dict")
+    for architecture in SUPPORTED_ARCHITECTURES.values():
+        MODELS_CONFIG_MAP[architecture] = GemModelConfig
+
+
+def _patch_offline_pooling() -> None:
+    from vllm.entrypoints.pooling.offline import PoolingOfflineMixin
+
+    original = PoolingOfflineMixin.__init__
+    _expect(
+        "self.runner_type" in inspect.getsource(PoolingOfflineMixin._verify_pooling_task),
+        "offline-pooling",
+        "PoolingOfflineMixin._verify_pooling_task does not look at self.runner_type",
+    )
+
+    @functools.wraps(original)
+    def __init__(self: Any) -> None:
+        original(self)
+        if gem_config_of(self.model_config) is not None:
+            self.runner_type = "pooling"
+
+    PoolingOfflineMixin.__init__ = __init__  # type: ignore[method-assign]
+
+
+def _patch_room_for_special_tokens() -> None:
+    from vllm.entrypoints.pooling.base.io_processor import PoolingIOProcessor
+
+    original = PoolingIOProcessor.render
+    _expect_parameters(original, "room-for-special-tokens", "render_params")
+
+    @functools.wraps(original)
+    def render(self: Any, render_params: Any) -> Any:
+        gem_config = gem_config_of(self.model_config)
+        if gem_config is not None:
+            tok_params = render_params["tok_params"]
+            limit = self.model_config.max_model_len - gem_config.k
+            if tok_params.max_total_tokens is None or tok_params.max_total_tokens > limit:
+                tok_params = replace(tok_params, max_total_tokens=limit)
+                render_params = {**render_params, "tok_params": tok_params}
+        return original(self, render_params)
+
+    PoolingIOProcessor.render = render  # type: ignore[method-assign]
+
+
+def _patch_reserved_token_ids() -> None:
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    original = InputProcessor.process_inputs
+    _expect_parameters(original, "reserved-token-ids", "request_id", "prompt", "params")
+
+    @functools.wraps(original)
+    def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        request = original(self, *args, **kwargs)
+        gem_config = gem_config_of(self.model_config)
+        if gem_config is not None:
+            check_request(request, gem_config, self.model_config.max_model_len)
+        return request
+
+    InputProcessor.process_inputs = process_inputs  # type: ignore[method-assign]
+
+
+def check_request(request: Any, gem_config: GemConfig, max_model_len: int) -> None:
+    """Refuse what would give special tokens a meaning that they do not have.
+
+    Args:
+        request: vLLM's `EngineCoreRequest`.
+        gem_config: of the served checkpoint.
+        max_model_len: the engine's limit, in tokens.
+
+    Raises:
+        VLLMValidationError: answered with 400 over HTTP.
+    """
+    from vllm.exceptions import VLLMValidationError
+
+    special = set(gem_config.special_token_ids)
+    prompt = request.prompt_token_ids or []
+    for position, token_id in enumerate(prompt):
+        if token_id in special:
+            name = special_token(gem_config.special_token_ids.index(token_id))
+            raise VLLMValidationError(
+                f"The prompt holds the reserved GEM token {name} (id {token_id}) at position "
+                f"{position}. The server adds these tokens to embedding requests itself; take "
+                "it, or the text that spells it, out of the prompt."
+            )
+    if request.pooling_params is not None and len(prompt) + gem_config.k > max_model_len:
+        raise VLLMValidationError(
+            f"The prompt has {len(prompt)} tokens; an embedding request may have "
+            f"{max_model_len - gem_config.k}, the context of {max_model_len} less "
+            f"{gem_config.k} for the GEM special tokens. Shorten the input or set "
+            "truncate_prompt_tokens."
+        )
+    params = request.sampling_params
+    if params is not None and params.allowed_token_ids and special.issuperset(
+        params.allowed_token_ids
+    ):
+        raise VLLMValidationError(
+            "allowed_token_ids names GEM special tokens only, which are never generated."
+        )
+
+
+LEDGER = (
+    Patch(
+        name="config-hook",
+        target="vllm.model_executor.models.config.MODELS_CONFIG_MAP",
+        why="An out-of-tree architecture cannot say how its engine is to be configured; ours needs "
+        "its own worker and scheduler, and a pooler config on a generate runner.",
+        needless_when="ModelRegistry.register_model takes a VerifyAndUpdateConfig class.",
+        apply=_patch_config_hook,
+    ),
+    Patch(
+        name="offline-pooling",
+        target="vllm.entrypoints.pooling.offline.PoolingOfflineMixin.__init__",
+        why="LLM.encode, LLM.embed and LLM.score look at the runner type, not at the tasks that "
+        "the engine supports.",
+        needless_when="they check `'embed' in supported_tasks` alone, as the server does.",
+        apply=_patch_offline_pooling,
+    ),
+    Patch(
+        name="room-for-special-tokens",
+        target="vllm.entrypoints.pooling.base.io_processor.PoolingIOProcessor.render",
+        why="Length checks and truncation of embedding inputs must leave room for the k special "
+        "tokens; max_embed_len covers /v1/embeddings only.",
+        needless_when="PoolerConfig.max_embed_len applies to every pooling input.",
+        apply=_patch_room_for_special_tokens,
+    ),
+    Patch(
+        name="reserved-token-ids",
+        target="vllm.v1.engine.input_processor.InputProcessor.process_inputs",
+        why="User input must not hold GEM special tokens, neither as ids nor spelled in text.",
+        needless_when="a model can register a validator of engine inputs.",
+        apply=_patch_reserved_token_ids,
+    ),
+)
+
+_applied = False
+
+
+def apply_all() -> None:
+    """Apply every patch of the ledger, once in a process.
+
+    Raises:
+        GemError: vLLM no longer has what a patch changes.
+    """
+    global _applied
+    if _applied:
+        return
+    for patch in LEDGER:
+        try:
+            patch.apply()
+        except (ImportError, AttributeError) as error:
+            raise GemError(
+                f"vLLM has moved under gem-vllm's patch '{patch.name}' ({patch.target}): {error}. "
+                "Install a vLLM version that this gem-vllm supports."
+            ) from error
+    _applied = True

@@ -1,0 +1,139 @@
+"""Embedding requests in the batches of vLLM's V1 model runner.
+
+A batch row of an embedding request is an ordinary greedy row whose sampled token is thrown away,
+by the same mask that throws away what unfinished prefills sample. So all bookkeeping of the batch
+stays valid. The hidden states of its special tokens are collected between `execute_model` and
+`sample_tokens`, over several steps where the special tokens straddle two chunks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from vllm.sampling_params import SamplingParams
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
+
+from gem_vllm.config import GemConfig
+from gem_vllm.plugin import step as gem_step
+from gem_vllm.plugin.pooler import pool_special_tokens
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner as _Runner
+else:
+    _Runner = object
+
+_DISCARDED = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False)
+
+
+class GemModelRunner(_Runner):
+    """Mixin over vLLM's V1 runners; `enable` puts it in front of an existing runner."""
+
+    gem_config: GemConfig
+    _gem_step: gem_step.GemStep | None
+    # Request id to the hidden states [hidden] of its special tokens that are computed, by index.
+    _special_states: dict[str, dict[int, torch.Tensor]]
+    _finished_embeddings: list[int]
+
+    @staticmethod
+    def enable(runner: Any, gem_config: GemConfig) -> None:
+        """Make `runner`, fresh from vLLM's worker, serve embedding requests too."""
+        runner.__class__ = type(
+            f"Gem{type(runner).__name__}", (GemModelRunner, type(runner)), {}
+        )
+        runner.gem_config = gem_config
+        runner._gem_step = None
+        runner._special_states = {}
+        runner._finished_embeddings = []
+
+    def get_supported_tasks(self) -> tuple[Any, ...]:
+        """vLLM's tasks for the model, and `embed`."""
+        return (*super().get_supported_tasks(), "embed")
+
+    def execute_model(self, *args: Any, **kwargs: Any) -> Any:
+        """One forward pass; the step's special tokens are known only while it runs."""
+        try:
+            return super().execute_model(*args, **kwargs)
+        finally:
+            gem_step.publish(None)
+
+    def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
+        for request_id in scheduler_output.finished_req_ids:
+            self._special_states.pop(request_id, None)
+        new_requests = scheduler_output.scheduled_new_reqs
+        for i, request in enumerate(new_requests):
+            if request.pooling_params is not None:
+                new_requests[i] = replace(request, sampling_params=_DISCARDED)
+                self._special_states[request.req_id] = {}
+        return super()._update_states(scheduler_output)
+
+    def _prepare_inputs(
+        self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray
+    ) -> Any:
+        prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
+        batch = self.input_batch
+        embedding = [
+            i for i, request_id in enumerate(batch.req_ids) if request_id in self._special_states
+        ]
+        unfinished = self.discard_request_mask.np
+        self._finished_embeddings = [i for i in embedding if not unfinished[i]]
+        self._gem_step = None
+        self.model.logits_rows = None
+        if embedding:
+            unfinished[embedding] = True
+            self.discard_request_mask.copy_to_gpu(batch.num_reqs)
+            generating = np.setdiff1d(np.arange(batch.num_reqs), embedding)
+            self.model.logits_rows = torch.from_numpy(generating).to(self.device)
+            self._gem_step = gem_step.GemStep.of_batch(
+                embedding,
+                batch.num_prompt_tokens,
+                batch.num_computed_tokens_cpu,
+                num_scheduled_tokens,
+                self.gem_config.k,
+                self.device,
+            )
+        gem_step.publish(self._gem_step)
+        return prepared
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        """Sample for the generating rows, pool for the finished embedding rows."""
+        state = self.execute_model_state
+        embeddings = {} if state is None else self._embed(state.hidden_states)
+        output = super().sample_tokens(grammar_output)
+        if embeddings:
+            result = output
+            if isinstance(output, AsyncModelRunnerOutput):
+                result = output._model_runner_output  # type: ignore[attr-defined]
+            assert isinstance(result, ModelRunnerOutput)
+            result.pooler_output = [embeddings.get(request_id) for request_id in result.req_ids]
+        return output
+
+    def _embed(self, hidden_states: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Collect this step's special tokens; request id to embedding for those now complete.
+
+        Args:
+            hidden_states: [tokens, hidden], after the final norm.
+        """
+        step, self._gem_step = self._gem_step, None
+        req_ids = self.input_batch.req_ids
+        if step is not None:
+            states = hidden_states[step.rows].float().cpu()
+            for i, j, state in zip(step.request_index, step.special_index, states, strict=True):
+                self._special_states[req_ids[i]][int(j)] = state
+        embeddings = {}
+        for i in self._finished_embeddings:
+            request_id = req_ids[i]
+            params = self.requests[request_id].pooling_params
+            assert params is not None
+            collected = self._special_states[request_id]
+            embeddings[request_id] = pool_special_tokens(
+                torch.stack([collected[j] for j in range(self.gem_config.k)]),
+                self.gem_config,
+                dimensions=params.dimensions,
+                use_activation=params.use_activation,
+            )
+        self._finished_embeddings = []
+        return embeddings
