@@ -1,0 +1,118 @@
+"""Training text, streamed: one text at a time, from files or from a Hugging Face dataset."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gem_vllm.errors import GemError
+
+SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz")
+SHUFFLE_BUFFER = 8192
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """Texts of one ``--data``: a file of lines or JSON lines, or a Hugging Face dataset's name.
+
+    Iterating reads from the start, one text at a time, blank texts left out. Raises GemError, with
+    file and line, for what cannot be read.
+    """
+
+    spec: str
+    field: str = "text"
+
+    def __iter__(self) -> Iterator[str]:
+        path = Path(self.spec)
+        return _read_file(path, self.field) if path.is_file() else self._read_dataset()
+
+    def check(self) -> None:
+        """Raise GemError unless the source can be read and holds at least one text."""
+        path = Path(self.spec)
+        looks_like_file = self.spec.endswith(SUFFIXES) or path.is_absolute() or path.exists()
+        if looks_like_file and not path.is_file():
+            problem = "is a folder, not a file" if path.is_dir() else "does not exist"
+            raise GemError(f"--data {self.spec} {problem}; give a {', '.join(SUFFIXES)} file")
+        if path.is_file() and not path.name.endswith(SUFFIXES):
+            raise GemError(f"--data {self.spec}: cannot read this; give a {', '.join(SUFFIXES)}")
+        if next(iter(self), None) is None:
+            raise GemError(f"--data {self.spec} holds no text")
+
+    def _read_dataset(self) -> Iterator[str]:
+        from datasets import load_dataset
+
+        name, _, split = self.spec.partition(":")
+        try:
+            rows = load_dataset(name, split=split or "train", streaming=True)
+        except Exception as error:
+            raise GemError(
+                f"--data {self.spec} is no file, and no dataset that loads (NAME or NAME:SPLIT): "
+                f"{_first_line(error)}"
+            ) from error
+        for number, row in enumerate(rows):
+            if text := _text_of(row, self.field, f"{self.spec}, row {number}"):
+                yield text
+
+
+def _read_file(path: Path, field: str) -> Iterator[str]:
+    opener: Callable[..., Any] = gzip.open if path.name.endswith(".gz") else open
+    is_json = ".jsonl" in path.suffixes[-2:]
+    number = 0
+    try:
+        with opener(path, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not (line := line.strip()):
+                    continue
+                text = _json_text(line, field, f"{path}, line {number}") if is_json else line
+                if text:
+                    yield text
+    except UnicodeDecodeError as error:
+        raise GemError(f"{path}, after line {number}: not UTF-8 text; convert it first") from error
+    except (EOFError, OSError, zlib.error) as error:
+        reason = _first_line(error)
+        raise GemError(f"{path}, after line {number}: cannot be read: {reason}") from error
+
+
+def _json_text(line: str, field: str, where: str) -> str:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise GemError(f"{where}: not a JSON object: {error}") from error
+    return _text_of(row, field, where)
+
+
+def _text_of(row: Any, field: str, where: str) -> str:
+    if not isinstance(row, dict):
+        raise GemError(f"{where}: expected a JSON object with a field {field!r}")
+    if field not in row:
+        fields = ", ".join(map(str, row)) or "none"
+        raise GemError(f"{where}: no field {field!r}; choose one by --text-field (here: {fields})")
+    if not isinstance(row[field], str):
+        raise GemError(f"{where}: field {field!r} is not text")
+    return row[field].strip()
+
+
+def shuffled(
+    texts: Iterable[str], rng: random.Random, *, buffer_size: int = SHUFFLE_BUFFER
+) -> Iterator[str]:
+    """Yield ``texts`` in a random order, holding at most ``buffer_size`` of them in memory."""
+    buffer: list[str] = []
+    for text in texts:
+        if len(buffer) < buffer_size:
+            buffer.append(text)
+            continue
+        at = rng.randrange(buffer_size)
+        out, buffer[at] = buffer[at], text
+        yield out
+    rng.shuffle(buffer)
+    yield from buffer
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0] or type(error).__name__

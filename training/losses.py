@@ -1,0 +1,71 @@
+"""The two losses of GEM and how they are weighed (arXiv 2506.04344, section 3).
+
+Shapes: N rows of a batch, d the embedding's size, P predicting positions, V the vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+AlphaSchedule = Literal["step", "linear", "constant"]
+
+INITIAL_LOG_TEMPERATURE = math.log(20.0)
+MAX_LOG_TEMPERATURE = math.log(100.0)
+
+
+def pool(hidden: torch.Tensor, pooling: str) -> torch.Tensor:
+    """Pool the last hidden states of the special tokens and L2-normalise, in float32.
+
+    hidden: [N, k, hidden]. Returns [N, hidden] for ``mean`` and [N, k * hidden] for ``concat``.
+    """
+    hidden = hidden.float()
+    pooled = hidden.mean(dim=1) if pooling == "mean" else hidden.flatten(1)
+    return F.normalize(pooled, dim=-1)
+
+
+def info_nce(
+    anchors: torch.Tensor,
+    positives: torch.Tensor,
+    log_temperature: torch.Tensor,
+    *,
+    symmetric: bool,
+) -> torch.Tensor:
+    """InfoNCE over a batch: row i's positive is row i, every other row is a negative.
+
+    anchors, positives: [N, d], float32, L2-normalised. log_temperature: scalar lambda, clamped to
+    [0, log 100]; the similarity is the cosine times exp(lambda). ``symmetric`` averages both
+    directions (ours); otherwise anchors look for their positives (the paper). Returns a scalar.
+    """
+    scale = log_temperature.clamp(0.0, MAX_LOG_TEMPERATURE).exp()
+    similarity = scale * anchors @ positives.T
+    target = torch.arange(len(anchors), device=anchors.device)
+    loss = F.cross_entropy(similarity, target)
+    if symmetric:
+        loss = 0.5 * (loss + F.cross_entropy(similarity.T, target))
+    return loss
+
+
+def next_token_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of the predicting positions alone, in float32.
+
+    logits: [P, V]; targets: int64 [P]. Zero (with a gradient of zero) where nothing is predicted.
+    """
+    total = F.cross_entropy(logits.float(), targets, reduction="sum")
+    return total / max(targets.numel(), 1)
+
+
+def alpha_at(step: int, schedule: AlphaSchedule, *, value: float, switch_step: int) -> float:
+    """The weight alpha of ``L = (1 - alpha) L_ntp + alpha L_cl`` at a step (counted from 0).
+
+    ``step``: 0 before ``switch_step`` and ``value`` from there on (the paper: 1 from step 100);
+    ``linear``: a ramp from 0 to ``value`` over ``switch_step`` steps; ``constant``: ``value``.
+    """
+    if schedule == "constant":
+        return value
+    if schedule == "step":
+        return value if step >= switch_step else 0.0
+    return value * min(step / max(switch_step, 1), 1.0)

@@ -1,0 +1,109 @@
+"""What every training mode shares: the two losses over a language model with special tokens."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from gem_vllm.training.losses import INITIAL_LOG_TEMPERATURE, info_nce, next_token_loss, pool
+from gem_vllm.training.sequences import IGNORE, next_token_targets
+
+
+class GemTrainingModel(nn.Module, ABC):
+    """``L = (1 - alpha) L_ntp + alpha L_cl`` of a batch (arXiv 2506.04344, section 3.3).
+
+    ``lm`` is the causal language model with its k special tokens; which of its parameters are
+    trained is told by their ``requires_grad``. The temperature's logarithm is trained with them.
+    """
+
+    def __init__(
+        self, lm: nn.Module, special_ids: tuple[int, ...], pooling: str, *, symmetric: bool
+    ) -> None:
+        super().__init__()
+        self.lm = lm
+        self.special_ids = special_ids
+        self.pooling = pooling
+        self.symmetric = symmetric
+        self.log_temperature = nn.Parameter(torch.tensor(INITIAL_LOG_TEMPERATURE))
+
+    @abstractmethod
+    def special_states(self, token_ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """Last hidden states (after the final norm) of the special tokens behind each text.
+
+        token_ids: int64 [N, T], right-padded texts without special tokens; lengths: [N].
+        Returns [N, k, hidden].
+        """
+
+    @abstractmethod
+    def ordinary_states(
+        self, token_ids: torch.Tensor, lengths: torch.Tensor, predicting: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Last hidden states under the GEM mask at positions that predict.
+
+        token_ids: int64 [N, T], right-padded rows with or without special tokens; predicting: bool
+        [N, T]. Returns [P, hidden], and bool [N, T] which of the positions these are: in row-major
+        order, all those that any trained parameter acts on.
+        """
+
+    @abstractmethod
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states [P, hidden] to logits [P, V], softcapped where the base does."""
+
+    def forward(
+        self,
+        alpha: torch.Tensor,
+        cl_ids: torch.Tensor | None = None,
+        cl_lengths: torch.Tensor | None = None,
+        ntp_ids: torch.Tensor | None = None,
+        ntp_lengths: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """A batch of ``TrainBatches`` to ``loss``, and ``loss_ntp`` and ``loss_cl`` where computed.
+
+        No suffix is computed, nor any logit, in the contrastive phase (alpha 1).
+        """
+        losses: dict[str, torch.Tensor] = {}
+        total = alpha.new_zeros(())
+        if ntp_ids is not None and ntp_lengths is not None:
+            losses["loss_ntp"] = self.ntp_loss(ntp_ids, ntp_lengths)
+            total = total + (1.0 - alpha) * losses["loss_ntp"]
+        if cl_ids is not None and cl_lengths is not None:
+            anchors, positives = pool(self.special_states(cl_ids, cl_lengths), self.pooling).chunk(
+                2
+            )
+            losses["loss_cl"] = info_nce(
+                anchors, positives, self.log_temperature, symmetric=self.symmetric
+            )
+            total = total + alpha * losses["loss_cl"]
+        return {"loss": total, **losses}
+
+    def ntp_loss(self, token_ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """Mixed next-token prediction of rows [N, T] with lengths [N]: a scalar."""
+        targets = next_token_targets(token_ids, lengths, self.special_ids)
+        hidden, computed = self.ordinary_states(token_ids, lengths, targets != IGNORE)
+        logits = self.logits(hidden)
+        never = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+        never[list(self.special_ids)] = True
+        return next_token_loss(logits.masked_fill(never, float("-inf")), targets[computed])
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        """What is trained, and nothing else: a checkpoint of a frozen base holds no base."""
+        return {
+            name: parameter.detach()
+            for name, parameter in self.named_parameters()
+            if parameter.requires_grad
+        }
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, torch.Tensor], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Copy back what ``state_dict`` gave; ValueError if it is not of a model like this one."""
+        own = self.state_dict()
+        if own.keys() != state_dict.keys():
+            raise ValueError("the checkpoint holds other parameters than this run trains")
+        for name, value in own.items():
+            value.copy_(state_dict[name])
+        return nn.modules.module._IncompatibleKeys([], [])

@@ -1,0 +1,138 @@
+"""What a training run is told, checked once at the door."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from gem_vllm.config import MAX_SPECIAL_TOKENS
+from gem_vllm.errors import GemError
+from gem_vllm.training.losses import AlphaSchedule
+from gem_vllm.training.positives import MIN_SPAN_TOKENS, Positives
+
+TrainMode = Literal["adapter", "full", "lora"]
+
+CHOICES = {
+    "mode": ("adapter", "full", "lora"),
+    "pooling": ("mean", "concat"),
+    "positives": ("dropout", "spans", "mix"),
+    "alpha_schedule": ("step", "linear", "constant"),
+    "dtype": ("auto", "float32", "bfloat16"),
+}
+# What may differ between a run and its --resume without changing a loss.
+FREE_ON_RESUME = frozenset({"out", "save_every", "keep_checkpoints", "log_every"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """One training run. Steps are optimizer steps; lengths are tokens; ``None`` is "by mode".
+
+    Defaults by mode: the adapter is trained contrastively alone (``alpha_schedule`` constant) at
+    5e-4; ``full`` and ``lora`` have the paper's two phases, ``full`` with the paper's learning
+    rates (arXiv 2506.04344, section 4.1).
+    """
+
+    base: Path
+    data: tuple[str, ...]
+    out: Path
+    mode: TrainMode = "adapter"
+    special_tokens: int = 1
+    pooling: str = "mean"
+    text_field: str = "text"
+    steps: int = 1000
+    batch_size: int = 32
+    max_tokens: int = 512
+    seed: int = 0
+    dtype: str = "auto"
+    # Mixed next-token prediction.
+    raw_share: float = 0.8
+    reconstruction_share: float = 0.5
+    ntp_learning_rate: float | None = None
+    # Contrastive.
+    positives: Positives = "dropout"
+    drop_rate: float = 0.3
+    symmetric: bool = False
+    contrastive_learning_rate: float | None = None
+    # How the two are weighed.
+    alpha_schedule: AlphaSchedule | None = None
+    alpha: float = 1.0
+    alpha_steps: int = 100
+    # Optimizer.
+    warmup_share: float = 0.05
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    # LoRA (modes adapter and lora).
+    lora_rank: int = 16
+    lora_alpha: int = 32
+    # Keeping track.
+    save_every: int = 100
+    keep_checkpoints: int = 2
+    log_every: int = 1
+
+    def __post_init__(self) -> None:
+        adapter = self.mode == "adapter"
+        defaults = {
+            "alpha_schedule": "constant" if adapter else "step",
+            "ntp_learning_rate": 1e-4 if self.mode == "full" else 5e-4,
+            "contrastive_learning_rate": {"adapter": 5e-4, "lora": 1e-4}.get(self.mode, 1e-5),
+        }
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        self._check()
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the run keeps its checkpoints, logs and options: ``OUT.run``, beside the result."""
+        return self.out.with_name(self.out.name + ".run")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options as JSON-ready values."""
+        values = dataclasses.asdict(self)
+        return values | {"base": str(self.base), "out": str(self.out), "data": list(self.data)}
+
+    def difference(self, recorded: dict[str, Any]) -> list[str]:
+        """Names of the options in which a recorded run differs so that its losses would, too."""
+        now = self.to_dict()
+        names = (set(now) | set(recorded)) - FREE_ON_RESUME
+        return sorted(name for name in names if now.get(name) != recorded.get(name))
+
+    def _check(self) -> None:
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise GemError(f"{_flag(name)} must be one of {', '.join(choices)}")
+        if not self.data:
+            raise GemError("no training text; give at least one --data")
+        if not 1 <= self.special_tokens <= MAX_SPECIAL_TOKENS:
+            raise GemError(f"--special-tokens must be from 1 to {MAX_SPECIAL_TOKENS}")
+        at_least = {
+            "steps": 1,
+            "batch_size": 2,
+            "max_tokens": 2 * MIN_SPAN_TOKENS + self.special_tokens,
+            "seed": 0,
+            "alpha_steps": 0,
+            "lora_rank": 1,
+            "lora_alpha": 1,
+            "save_every": 1,
+            "keep_checkpoints": 2,
+            "log_every": 1,
+        }
+        for name, least in at_least.items():
+            if getattr(self, name) < least:
+                raise GemError(f"{_flag(name)} must be at least {least}")
+        for name in ("raw_share", "reconstruction_share", "alpha", "warmup_share"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise GemError(f"{_flag(name)} must be from 0 to 1")
+        if not 0.0 < self.drop_rate < 1.0:
+            raise GemError("--drop-rate must be between 0 and 1: the share of tokens dropped")
+        for name in ("ntp_learning_rate", "contrastive_learning_rate", "max_grad_norm"):
+            if getattr(self, name) <= 0.0:
+                raise GemError(f"{_flag(name)} must be greater than 0")
+        if self.weight_decay < 0.0:
+            raise GemError("--weight-decay must not be negative")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

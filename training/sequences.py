@@ -1,0 +1,77 @@
+"""Sequences of mixed next-token prediction (arXiv 2506.04344, section 3.1), and their loss mask."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Template:
+    """What the tokenizer puts around a plain prompt (a BOS, say): kept whole by every cut."""
+
+    head: tuple[int, ...]
+    tail: tuple[int, ...]
+
+    def wrap(self, content: Sequence[int]) -> list[int]:
+        """Token ids of a text as a plain prompt has them."""
+        return [*self.head, *content, *self.tail]
+
+
+def mixed_sequence(
+    content: list[int],
+    special_ids: Sequence[int],
+    template: Template,
+    *,
+    raw_share: float,
+    reconstruction_share: float,
+    max_tokens: int,
+    rng: random.Random,
+) -> list[int]:
+    """One row: raw text with probability ``raw_share``, else with the special tokens inserted.
+
+    Of the rest, ``reconstruction_share`` are ``text | special | text``, the others the text cut at
+    a random position, ``prefix | special | suffix``. Never longer than ``max_tokens``: a text to be
+    reconstructed is cut to what fits twice.
+    """
+    if rng.random() < raw_share:
+        return template.wrap(content)[:max_tokens]
+    room = max_tokens - len(special_ids) - len(template.head)
+    if rng.random() < reconstruction_share:
+        prefix = suffix = content[: room // 2]
+    else:
+        content = content[:room]
+        cut = rng.randrange(1, len(content))
+        prefix, suffix = content[:cut], content[cut:]
+    return [*template.head, *prefix, *special_ids, *suffix]
+
+
+def pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-pad rows of token ids: int64 [N, T], and their lengths, int64 [N]."""
+    lengths = torch.tensor([len(row) for row in rows])
+    token_ids = torch.full((len(rows), int(lengths.max())), pad_id)
+    for row_ids, row in zip(token_ids, rows, strict=True):
+        row_ids[: len(row)] = torch.tensor(row)
+    return token_ids, lengths
+
+
+def next_token_targets(
+    token_ids: torch.Tensor, lengths: torch.Tensor, special_ids: Sequence[int]
+) -> torch.Tensor:
+    """What each position is to predict: int64 [N, T], ``IGNORE`` where it predicts nothing.
+
+    The loss mask: a special token is never predicted and predicts nothing; nor does padding.
+    """
+    targets = torch.full_like(token_ids, IGNORE)
+    targets[:, :-1] = token_ids[:, 1:]
+    position = torch.arange(token_ids.shape[1], device=token_ids.device)
+    special = torch.isin(token_ids, torch.tensor(special_ids, device=token_ids.device))
+    predicted_special = torch.zeros_like(special)
+    predicted_special[:, :-1] = special[:, 1:]
+    masked = special | predicted_special | (position >= lengths[:, None] - 1)
+    return targets.masked_fill(masked, IGNORE)

@@ -1,0 +1,171 @@
+"""The trainer: ``transformers.Trainer`` by its public hooks."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from gem_vllm.training.batches import TrainBatches
+from gem_vllm.training.losses import MAX_LOG_TEMPERATURE, alpha_at
+from gem_vllm.training.model import GemTrainingModel
+from gem_vllm.training.options import TrainOptions
+
+WHOLE = "whole.json"
+
+
+class GemTrainer(Trainer):
+    """Trains a ``GemTrainingModel`` on ``TrainBatches``; losses, alpha and tokens/s are logged."""
+
+    def __init__(
+        self,
+        model: GemTrainingModel,
+        batches: TrainBatches,
+        options: TrainOptions,
+        args: TrainingArguments,
+        *,
+        progress: bool = True,
+    ) -> None:
+        super().__init__(model=model, args=args, train_dataset=batches)
+        self.options = options
+        self._window: dict[str, list[float]] = {}
+        self._window_tokens = 0
+        self._window_start = time.perf_counter()
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        if progress:
+            self.add_callback(LossProgress)
+        self.add_callback(MarkWhole)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches as they come: they are made whole, and in order, by the data set."""
+        return DataLoader(self.train_dataset, batch_size=None)
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """The two learning rates, each weighed as its loss is, under one warm-up and cosine."""
+        if self.lr_scheduler is None:
+            self.lr_scheduler = LambdaLR(
+                optimizer or self.optimizer,
+                lambda step: learning_rate_at(step, self.options) / self.args.learning_rate,
+            )
+        return self.lr_scheduler
+
+    def compute_loss(self, model: Any, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any):
+        """The model's own loss; its parts and its tokens are kept for the log."""
+        kwargs["return_outputs"] = False
+        outputs = model(**inputs)
+        for name in ("loss_ntp", "loss_cl"):
+            if name in outputs:
+                self._window.setdefault(name, []).append(outputs[name].item())
+        self._window_tokens += sum(
+            int(inputs[name].sum()) for name in ("cl_lengths", "ntp_lengths") if name in inputs
+        )
+        return outputs["loss"]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the two losses, the temperature and tokens/s since the last log."""
+        if "loss" in logs:
+            seconds = time.perf_counter() - self._window_start
+            logs |= {name: sum(values) / len(values) for name, values in self._window.items()}
+            log_temperature = float(self.model.log_temperature.detach())
+            logs["temperature"] = math.exp(min(max(log_temperature, 0.0), MAX_LOG_TEMPERATURE))
+            logs["tokens_per_s"] = self._window_tokens / seconds
+            self._window, self._window_tokens = {}, 0
+            self._window_start = time.perf_counter()
+        super().log(logs, start_time)
+
+
+def learning_rate_at(step: int, options: TrainOptions) -> float:
+    """The learning rate of a step: linear warm-up, then cosine to 0, times the phase's own rate.
+
+    Between the phases (0 < alpha < 1) the two rates are weighed by alpha, as the losses are.
+    """
+    warmup = math.ceil(options.warmup_share * options.steps)
+    if step < warmup:
+        shape = (step + 1) / (warmup + 1)
+    else:
+        done = (step - warmup) / max(options.steps - warmup, 1)
+        shape = 0.5 * (1.0 + math.cos(math.pi * done))
+    alpha = alpha_at(
+        step, options.alpha_schedule, value=options.alpha, switch_step=options.alpha_steps
+    )
+    rate = (1.0 - alpha) * options.ntp_learning_rate + alpha * options.contrastive_learning_rate
+    return rate * shape
+
+
+class LossProgress(ProgressCallback):
+    """A bar with steps, remaining time, the losses and tokens/s."""
+
+    SHOWN = ("loss_ntp", "loss_cl", "tokens_per_s")
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show the figures beside the bar instead of printing a line for each step."""
+        if self.training_bar is not None and logs:
+            shown = {name: f"{logs[name]:.4g}" for name in self.SHOWN if name in logs}
+            self.training_bar.set_postfix(shown)
+
+
+class MarkWhole(TrainerCallback):
+    """Mark a checkpoint whole once all of it is on disk; only such a one is resumed from.
+
+    ``Trainer`` deletes an older checkpoint only when the newer one is written, and two at least are
+    kept, so one that is whole is there whatever happens while the next is being written.
+    """
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Flush the new checkpoint's files to disk, then write the mark."""
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        sizes = {}
+        for path in sorted(folder.iterdir()):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            sizes[path.name] = path.stat().st_size
+        mark = folder / f"{WHOLE}.tmp"
+        with mark.open("w", encoding="utf-8") as file:
+            json.dump(sizes, file)
+            file.flush()
+            os.fsync(file.fileno())
+        mark.replace(folder / WHOLE)
+
+
+def whole_checkpoints(run_folder: Path) -> list[Path]:
+    """Checkpoints of a run that are complete, oldest first."""
+    found = [
+        folder
+        for folder in run_folder.glob("checkpoint-*")
+        if (mark := folder / WHOLE).is_file() and _matches(folder, json.loads(mark.read_text()))
+    ]
+    return sorted(found, key=lambda folder: int(folder.name.rpartition("-")[2]))
+
+
+def _matches(folder: Path, sizes: dict[str, int]) -> bool:
+    return all(
+        (path := folder / name).is_file() and path.stat().st_size == size
+        for name, size in sizes.items()
+    )
