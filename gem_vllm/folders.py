@@ -1,0 +1,107 @@
+"""Writing model folders whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from gem_vllm.errors import GemConfigError, GemError
+
+_SPARE_BYTES = 32 << 20  # for the tokenizer and the configs
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in ``file``; GemConfigError if it is missing or is not a JSON object."""
+    if not file.is_file():
+        raise GemConfigError(f"{file} is missing; copy or download the folder again")
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise GemConfigError(f"{file} is not JSON ({error}); copy the folder again") from error
+    if not isinstance(value, dict):
+        raise GemConfigError(f"{file} is not a JSON object; copy the folder again")
+    return value
+
+
+def write_json(file: Path, value: dict[str, Any]) -> None:
+    """Write ``value`` with the keys in its own order."""
+    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def check_writable(folder: Path, *, weight_bytes: int = 0) -> None:
+    """Check, before long work, that `written_whole` can write ``folder``.
+
+    Raises:
+        GemError: ``folder`` is neither new nor empty nor a GEM checkpoint or adapter, or its disk
+            has less room than ``weight_bytes`` and a little more.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise GemError(f"{folder} is a file; name a folder to write")
+    if folder.exists() and (foreign := _foreign(folder)):
+        raise GemError(f"{folder} holds something else ({foreign}); choose another folder")
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    need, free = weight_bytes + _SPARE_BYTES, shutil.disk_usage(existing).free
+    if free < need:
+        raise GemError(
+            f"{existing} has {free >> 20} MiB free and {need >> 20} MiB are needed; make room, "
+            "or choose a folder on another disk"
+        )
+
+
+def _foreign(folder: Path) -> str | None:
+    """The name of an entry that must not be lost when ``folder`` is replaced."""
+    config = folder / "config.json"
+    ours = (folder / "gem_config.json").is_file() or (
+        config.is_file() and "gem_config" in read_json(config)
+    )
+    for entry in sorted(folder.iterdir()):
+        if not ours or (entry.is_dir() and entry.name != "gem_adapter"):
+            return entry.name
+    return None
+
+
+@contextmanager
+def written_whole(folder: Path, *, weight_bytes: int = 0) -> Iterator[Path]:
+    """Write ``folder`` through the scratch folder that this gives, renamed when all is on disk.
+
+    A GEM checkpoint or adapter that is there already is replaced, and stays whole until then.
+
+    Args:
+        folder: to be written; new, empty, or a GEM checkpoint or adapter.
+        weight_bytes: about how much will be written.
+
+    Raises:
+        GemError: as `check_writable`, which comes first.
+    """
+    check_writable(folder, weight_bytes=weight_bytes)
+    folder = folder.absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+        new, old = Path(scratch) / "new", Path(scratch) / "old"
+        new.mkdir()
+        yield new
+        for path in [*new.rglob("*"), new]:
+            _fsync(path)
+        try:
+            if folder.exists():
+                folder.rename(old)
+            new.rename(folder)
+        except BaseException:
+            if old.exists() and not folder.exists():
+                old.rename(folder)
+            raise
+        _fsync(folder.parent)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

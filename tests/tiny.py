@@ -1,0 +1,183 @@
+"""Tiny random models of every supported family, made in a second: bases and GEM checkpoints."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from gem_vllm.checkpoint import add_special_tokens, load_base, save_checkpoint
+from gem_vllm.config import GemConfig
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3")
+
+_CONFIGS = {
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "gemma": GemmaConfig,
+    "gemma2": Gemma2Config,
+    "gemma3": Gemma3TextConfig,
+}
+_SLIDING = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
+_FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
+    "llama": {"tie_word_embeddings": True},
+    "mistral": {"sliding_window": None},
+    "gemma2": {"query_pre_attn_scalar": 32, **_SLIDING},
+    "gemma3": {"query_pre_attn_scalar": 32, **_SLIDING},
+}
+
+_CORPUS = (
+    "The quick brown fox jumps over the lazy dog while the river runs past an old stone bridge.",
+    "In 1969 the first people walked on the moon; they came back with twenty kilograms of rock.",
+    "A library keeps books, maps and newspapers, and lends most of them to its readers for free.",
+    "What is the capital of France? Paris is the capital of France, and its largest city too.",
+    "Bread is made from flour, water, salt and yeast; baking it takes less than an hour.",
+    "Naïve café owners in Zürich sell crème brûlée — très bien! 北京 and Москва are capitals.",
+)
+
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}<|start|>{{ message['role'] }}\n{{ message['content'] }}<|end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+
+
+def make_tiny_base(family: str, folder: str | Path, *, seed: int = 0, **overrides: Any) -> Path:
+    """Save a random base: 2 layers, hidden 64, 2 heads of 32 and 1 KV head, about 500 tokens.
+
+    Args:
+        family: one of `FAMILIES`. Gemma 2 and 3 have a layer with a window of 16 tokens; Llama
+            and the Gemmas tie the head to the embedding.
+        folder: to write.
+        seed: of the weights. They are larger than usual, so that attention is far from uniform.
+        overrides: of the family's config, for example ``max_position_embeddings``.
+
+    Returns:
+        ``folder``; weights are float32.
+    """
+    folder = Path(folder)
+    tokenizer = make_tiny_tokenizer(add_bos=family in ("llama", "gemma", "gemma2", "gemma3"))
+    options = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.15,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        **_FAMILY_OPTIONS.get(family, {}),
+        **overrides,
+    }
+    config = _CONFIGS[family](**options)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_tiny_checkpoint(
+    family: str,
+    folder: str | Path,
+    *,
+    k: int,
+    pooling: str = "mean",
+    train_mode: str = "adapter",
+    seed: int = 0,
+    base: str | Path | None = None,
+    **overrides: Any,
+) -> Path:
+    """Save a GEM checkpoint with random special rows and, in adapter mode, a random LoRA of rank 4.
+
+    Args:
+        family: one of `FAMILIES`.
+        folder: to write.
+        k: number of special tokens.
+        pooling: ``mean`` or ``concat``.
+        train_mode: ``adapter``, ``full`` or ``lora``.
+        seed: of the base, the rows and the LoRA.
+        base: folder of the base; made beside ``folder``, as ``<name>-base``, if it is left out.
+        overrides: as in `make_tiny_base`.
+
+    Returns:
+        ``folder``.
+    """
+    folder = Path(folder)
+    if base is None:
+        base = make_tiny_base(
+            family, folder.with_name(f"{folder.name}-base"), seed=seed, **overrides
+        )
+    model, tokenizer = load_base(base, dtype=torch.float32)
+    ids = add_special_tokens(model, tokenizer, k)
+    config = GemConfig(ids, pooling, train_mode, base_model=f"tiny-{family}")
+    random = torch.Generator().manual_seed(seed + 1)
+    embedding = model.get_input_embeddings().weight
+    with torch.no_grad():
+        rows = torch.randn(k, embedding.shape[1], generator=random)
+        embedding[list(ids)] = rows * embedding.std()
+    if train_mode == "adapter":
+        lora = LoraConfig(
+            r=4, lora_alpha=8, target_modules="all-linear", bias="none", task_type="CAUSAL_LM"
+        )
+        model = get_peft_model(model, lora)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    parameter.copy_(torch.randn(parameter.shape, generator=random) * 0.1)
+    save_checkpoint(folder, model, tokenizer, config)
+    return folder
+
+
+@cache
+def _trained_tokenizer() -> str:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=["<|endoftext|>", "<|start|>", "<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_CORPUS, trainer)
+    return tokenizer.to_str()
+
+
+def make_tiny_tokenizer(*, add_bos: bool) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of about 500 tokens with a chat template."""
+    tokenizer = Tokenizer.from_str(_trained_tokenizer())
+    if add_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<|start|> $A",
+            special_tokens=[("<|start|>", tokenizer.token_to_id("<|start|>"))],
+        )
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|start|>",
+        eos_token="<|end|>",
+        pad_token="<|endoftext|>",
+    )
+    wrapped.chat_template = _CHAT_TEMPLATE
+    return wrapped
