@@ -93,6 +93,9 @@ def make_tiny_base(family: str, folder: str | Path, *, seed: int = 0, **override
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if family.startswith("gemma"):
+        # Scaled by sqrt(hidden) and tied to the head, they would make every model repeat itself.
+        model.get_input_embeddings().weight.data *= 0.1
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

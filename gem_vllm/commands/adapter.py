@@ -1,0 +1,48 @@
+"""``gem-vllm adapter``: take an adapter out of a checkpoint, put one together with its base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Take the adapter out of a GEM checkpoint, or put one together with its base model.",
+    no_args_is_help=True,
+)
+
+
+@app.command()
+def extract(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A GEM checkpoint that was trained with --mode adapter.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write the adapter to.")],
+) -> None:
+    """Write the adapter alone: what was trained, without the base model's weights.
+
+    For a 135M base and rank 16 that is about 10 MB, small enough to share. Whoever has the same
+    base model gets the checkpoint back with `gem-vllm adapter apply`.
+    """
+    from gem_vllm.adapter import extract_adapter
+
+    extract_adapter(checkpoint, out)
+    typer.echo(out)
+
+
+@app.command()
+def apply(
+    base: Annotated[Path, typer.Option(help="The base model, a Hugging Face folder.")],
+    adapter: Annotated[Path, typer.Option(help="A folder written by `gem-vllm adapter extract`.")],
+    out: Annotated[Path, typer.Option(help="Folder to write the GEM checkpoint to.")],
+) -> None:
+    """Put a base model and an adapter together: the result is ready for `vllm serve`.
+
+    The base must have the very weights that the adapter was trained on; this is checked. Its
+    folder is only read.
+    """
+    from gem_vllm.adapter import apply_adapter
+
+    apply_adapter(base, adapter, out)
+    typer.echo(out)
