@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 
-from vllm.config import PoolerConfig, VllmConfig
+import psutil
+from vllm import envs
+from vllm.config import CacheConfig, PoolerConfig, VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
@@ -15,6 +17,7 @@ logger = init_logger(__name__)
 
 WORKER = "gem_vllm.plugin.worker.GemWorker"
 SCHEDULER = "gem_vllm.plugin.scheduler.GemScheduler"
+CPU_KV_CACHE_BYTES = 4 << 30
 
 
 class GemModelConfig(VerifyAndUpdateConfig):
@@ -40,6 +43,8 @@ class GemModelConfig(VerifyAndUpdateConfig):
         vllm_config.scheduler_config.scheduler_cls = SCHEDULER
         if current_platform.is_cuda_alike():
             _stay_on_tested_paths(vllm_config)
+        if current_platform.is_cpu():
+            _bound_cpu_kv_cache(vllm_config.cache_config)
 
 
 def _refuse_unsupported(vllm_config: VllmConfig, gem_config: GemConfig) -> None:
@@ -92,4 +97,24 @@ def _stay_on_tested_paths(vllm_config: VllmConfig) -> None:
     if not vllm_config.model_config.enforce_eager:
         raise ValueError(
             "On CUDA, GEM checkpoints run without CUDA graphs for now. Add --enforce-eager."
+        )
+
+
+def _bound_cpu_kv_cache(cache_config: CacheConfig) -> None:
+    """Give the KV cache 4 GiB, or half of the free memory, where the user has not sized it.
+
+    vLLM's own default asks for 92 % of the machine's memory and does not start on one that is in
+    use for anything else.
+    """
+    sized = (
+        cache_config.kv_cache_memory_bytes is not None
+        or envs.VLLM_CPU_KVCACHE_SPACE
+        or cache_config.gpu_memory_utilization != CacheConfig().gpu_memory_utilization
+    )
+    if not sized:
+        free = psutil.virtual_memory().available
+        cache_config.kv_cache_memory_bytes = min(CPU_KV_CACHE_BYTES, free // 2)
+        logger.info(
+            "KV cache: %.1f GiB. Set --kv-cache-memory-bytes for another size.",
+            cache_config.kv_cache_memory_bytes / (1 << 30),
         )
