@@ -198,6 +198,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _load(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    folder = folder.resolve()  # save_checkpoint reads the base again, from wherever it is run
     weight_files(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)

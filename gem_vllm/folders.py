@@ -86,7 +86,10 @@ def written_whole(folder: Path, *, weight_bytes: int = 0) -> Iterator[Path]:
         new, old = Path(scratch) / "new", Path(scratch) / "old"
         new.mkdir()
         yield new
+        readable = new.stat().st_mode & 0o666  # safetensors makes files for the owner only
         for path in [*new.rglob("*"), new]:
+            if path.is_file():
+                path.chmod(readable)
             _fsync(path)
         try:
             if folder.exists():

@@ -1,0 +1,40 @@
+"""Fixtures that every test shares: tiny models, made once a session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tiny import make_tiny_base, make_tiny_checkpoint
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`make_tiny_base` without the folder; one and the same for the same arguments. Read only."""
+
+    @cache
+    def make(family: str = "llama", **options: Any) -> Path:
+        return make_tiny_base(family, tmp_path_factory.mktemp(family) / "base", **options)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(
+    tmp_path_factory: pytest.TempPathFactory, tiny_base: Callable[..., Path]
+) -> Callable[..., Path]:
+    """`make_tiny_checkpoint` without the folder, on `tiny_base`'s base. Read only."""
+
+    @cache
+    def make(family: str = "llama", *, k: int = 3, **options: Any) -> Path:
+        folder = tmp_path_factory.mktemp(family) / f"gem-k{k}"
+        own = {"pooling", "train_mode", "seed"}
+        base = tiny_base(family, **{key: options[key] for key in options if key not in own})
+        options = {key: options[key] for key in options if key in own}
+        return make_tiny_checkpoint(family, folder, k=k, base=base, **options)
+
+    return make
