@@ -31,13 +31,10 @@ class TrainBatches(IterableDataset):
     texts are read again from the start when they run out, in another order.
     """
 
-    def __init__(
-        self, options: TrainOptions, tokenizer: Any, special_ids: tuple[int, ...], pad_id: int
-    ) -> None:
+    def __init__(self, options: TrainOptions, tokenizer: Any, special_ids: tuple[int, ...]) -> None:
         self.options = options
         self.tokenizer = tokenizer
         self.special_ids = special_ids
-        self.pad_id = pad_id
         self.start_step = 0
         self.template = plain_prompt_template(tokenizer)
         self.sources = [TextSource(spec, options.text_field) for spec in options.data]
@@ -114,7 +111,7 @@ class TrainBatches(IterableDataset):
                 for content in contents
             ]
             rows = [self.template.wrap(pair[side]) for side in (0, 1) for pair in pairs]
-            batch["cl_ids"], batch["cl_lengths"] = pad(rows, self.pad_id)
+            batch["cl_ids"], batch["cl_lengths"] = pad(rows)
         if alpha < 1.0:
             rows = [
                 mixed_sequence(
@@ -128,7 +125,7 @@ class TrainBatches(IterableDataset):
                 )
                 for content in contents
             ]
-            batch["ntp_ids"], batch["ntp_lengths"] = pad(rows, self.pad_id)
+            batch["ntp_ids"], batch["ntp_lengths"] = pad(rows)
         return batch
 
 

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedModel
 
 from gem_vllm.training.losses import INITIAL_LOG_TEMPERATURE, info_nce, next_token_loss, pool
 from gem_vllm.training.sequences import IGNORE, next_token_targets
@@ -21,7 +23,12 @@ class GemTrainingModel(nn.Module, ABC):
     """
 
     def __init__(
-        self, lm: nn.Module, special_ids: tuple[int, ...], pooling: str, *, symmetric: bool
+        self,
+        lm: PreTrainedModel | PeftModel,
+        special_ids: tuple[int, ...],
+        pooling: str,
+        *,
+        symmetric: bool,
     ) -> None:
         super().__init__()
         self.lm = lm
@@ -29,6 +36,12 @@ class GemTrainingModel(nn.Module, ABC):
         self.pooling = pooling
         self.symmetric = symmetric
         self.log_temperature = nn.Parameter(torch.tensor(INITIAL_LOG_TEMPERATURE))
+        self.config = self.base.config.get_text_config()
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The causal language model itself, where PEFT wraps it too."""
+        return self.lm.get_base_model() if isinstance(self.lm, PeftModel) else self.lm
 
     @abstractmethod
     def special_states(self, token_ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
@@ -49,9 +62,11 @@ class GemTrainingModel(nn.Module, ABC):
         order, all those that any trained parameter acts on.
         """
 
-    @abstractmethod
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states [P, hidden] to logits [P, V], softcapped where the base does."""
+        logits = self.base.get_output_embeddings()(hidden)
+        softcap = getattr(self.config, "final_logit_softcapping", None)
+        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
     def forward(
         self,
@@ -71,12 +86,12 @@ class GemTrainingModel(nn.Module, ABC):
             losses["loss_ntp"] = self.ntp_loss(ntp_ids, ntp_lengths)
             total = total + (1.0 - alpha) * losses["loss_ntp"]
         if cl_ids is not None and cl_lengths is not None:
-            anchors, positives = pool(self.special_states(cl_ids, cl_lengths), self.pooling).chunk(
-                2
-            )
-            losses["loss_cl"] = info_nce(
-                anchors, positives, self.log_temperature, symmetric=self.symmetric
-            )
+            states = self.special_states(cl_ids, cl_lengths)
+            with torch.autocast(states.device.type, enabled=False):
+                anchors, positives = pool(states, self.pooling).chunk(2)
+                losses["loss_cl"] = info_nce(
+                    anchors, positives, self.log_temperature, symmetric=self.symmetric
+                )
             total = total + alpha * losses["loss_cl"]
         return {"loss": total, **losses}
 

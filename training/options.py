@@ -30,8 +30,8 @@ class TrainOptions:
     """One training run. Steps are optimizer steps; lengths are tokens; ``None`` is "by mode".
 
     Defaults by mode: the adapter is trained contrastively alone (``alpha_schedule`` constant) at
-    5e-4; ``full`` and ``lora`` have the paper's two phases, ``full`` with the paper's learning
-    rates (arXiv 2506.04344, section 4.1).
+    5e-4, and sees no raw text, on which it would not act; ``full`` and ``lora`` have the paper's
+    two phases, ``full`` with the paper's learning rates too (arXiv 2506.04344, section 4.1).
     """
 
     base: Path
@@ -47,7 +47,7 @@ class TrainOptions:
     seed: int = 0
     dtype: str = "auto"
     # Mixed next-token prediction.
-    raw_share: float = 0.8
+    raw_share: float | None = None
     reconstruction_share: float = 0.5
     ntp_learning_rate: float | None = None
     # Contrastive.
@@ -75,6 +75,7 @@ class TrainOptions:
         adapter = self.mode == "adapter"
         defaults = {
             "alpha_schedule": "constant" if adapter else "step",
+            "raw_share": 0.0 if adapter else 0.8,
             "ntp_learning_rate": 1e-4 if self.mode == "full" else 5e-4,
             "contrastive_learning_rate": {"adapter": 5e-4, "lora": 1e-4}.get(self.mode, 1e-5),
         }
@@ -102,7 +103,7 @@ class TrainOptions:
     def _check(self) -> None:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
-                raise GemError(f"{_flag(name)} must be one of {', '.join(choices)}")
+                raise GemError(f"{flag(name)} must be one of {', '.join(choices)}")
         if not self.data:
             raise GemError("no training text; give at least one --data")
         if not 1 <= self.special_tokens <= MAX_SPECIAL_TOKENS:
@@ -121,18 +122,19 @@ class TrainOptions:
         }
         for name, least in at_least.items():
             if getattr(self, name) < least:
-                raise GemError(f"{_flag(name)} must be at least {least}")
+                raise GemError(f"{flag(name)} must be at least {least}")
         for name in ("raw_share", "reconstruction_share", "alpha", "warmup_share"):
             if not 0.0 <= getattr(self, name) <= 1.0:
-                raise GemError(f"{_flag(name)} must be from 0 to 1")
+                raise GemError(f"{flag(name)} must be from 0 to 1")
         if not 0.0 < self.drop_rate < 1.0:
             raise GemError("--drop-rate must be between 0 and 1: the share of tokens dropped")
         for name in ("ntp_learning_rate", "contrastive_learning_rate", "max_grad_norm"):
             if getattr(self, name) <= 0.0:
-                raise GemError(f"{_flag(name)} must be greater than 0")
+                raise GemError(f"{flag(name)} must be greater than 0")
         if self.weight_decay < 0.0:
             raise GemError("--weight-decay must not be negative")
 
 
-def _flag(name: str) -> str:
+def flag(name: str) -> str:
+    """The command line's name of an option."""
     return "--" + name.replace("_", "-")

@@ -1,4 +1,4 @@
-"""Positive pairs of the contrastive phase. Token ids are content only: no BOS, no special tokens."""
+"""Positive pairs of the contrastive phase, of token ids without BOS or special tokens."""
 
 from __future__ import annotations
 

@@ -1,24 +1,30 @@
-"""A training run from its options to a GEM checkpoint."""
+"""A training run, from its options to a GEM checkpoint with its model card."""
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoTokenizer, TrainingArguments
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, PreTrainedModel, TrainingArguments
 
 from gem_vllm.checkpoint import add_special_tokens, load_base, save_checkpoint
 from gem_vllm.config import GemConfig
 from gem_vllm.errors import GemError
-from gem_vllm.training.adapter_model import AdapterModel, add_adapter, break_symmetry
+from gem_vllm.folders import check_writable
+from gem_vllm.training.adapter_model import AdapterModel, add_adapter
 from gem_vllm.training.batches import TrainBatches
+from gem_vllm.training.dense_model import DenseModel
 from gem_vllm.training.model import GemTrainingModel
-from gem_vllm.training.options import TrainOptions
+from gem_vllm.training.model_card import write_model_card
+from gem_vllm.training.options import TrainOptions, flag
 from gem_vllm.training.trainer import GemTrainer, whole_checkpoints
+from gem_vllm.weights import EMBEDDING, read_tensor, weights_size
 
 OPTIONS_FILE = "options.json"
 
@@ -30,54 +36,85 @@ def train(
     overwrite: bool = False,
     progress: bool = True,
 ) -> Path:
-    """Train as ``options`` say and write the checkpoint ``options.out``; return that folder.
+    """Train as ``options`` say and write the GEM checkpoint ``options.out``; return that folder.
 
-    While it runs, its checkpoints and TensorBoard logs are in ``options.run_folder``. ``resume``
-    continues from the last whole one, with the same losses as a run that was not interrupted;
-    ``overwrite`` starts anew over an earlier result. Raises GemError for bad input, before any long
-    work.
+    While it runs, its checkpoints and TensorBoard logs are in ``options.run_folder``; the logs stay
+    there. ``resume`` continues from the last whole checkpoint, with the same losses as a run that
+    was not interrupted; ``overwrite`` starts anew in place of an earlier result.
+
+    Raises GemError for bad input, before any long work, and for a disk that is full. A
+    KeyboardInterrupt passes through; the last checkpoint is whole in either case.
     """
+    _check_processes()
     start = _prepare_folders(options, resume=resume, overwrite=overwrite)
-    torch.manual_seed(options.seed)
-    dtype = compute_dtype(options.dtype)
-    model, tokenizer = load_base(options.base, dtype=dtype)
-    batches, special_ids = None, add_special_tokens(model, tokenizer, options.special_tokens)
-    plain_tokenizer = AutoTokenizer.from_pretrained(options.base)
-    batches = TrainBatches(options, plain_tokenizer, special_ids, model.config.eos_token_id or 0)
-    batches.check()
-
-    training_model = build_model(model, special_ids, options)
-    trainer = GemTrainer(
-        training_model, batches, options, training_arguments(options), progress=progress
-    )
+    trainer, tokenizer, gem_config = make_trainer(options, progress=progress)
     if start is not None:
-        batches.start_step = int(start.name.rpartition("-")[2])
-    trainer.train(resume_from_checkpoint=None if start is None else str(start))
-    save_checkpoint(
-        options.out,
-        training_model.lm,
-        tokenizer,
-        GemConfig(special_ids, options.pooling, options.mode, str(options.base)),
-    )
+        trainer.train_dataset.start_step = int(start.name.rpartition("-")[2])
+    try:
+        trainer.train(resume_from_checkpoint=None if start is None else str(start))
+        _save(trainer, tokenizer, gem_config)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if _is_disk_full(error):
+            raise GemError(
+                f"the disk of {options.run_folder} is full; the last checkpoint there is whole: "
+                "make room and continue with --resume"
+            ) from error
+        raise
+    for checkpoint in whole_checkpoints(options.run_folder):
+        shutil.rmtree(checkpoint)
     return options.out
 
 
+def make_trainer(options: TrainOptions, *, progress: bool = True):
+    """The trainer of a run, its tokenizer (with the special tokens) and its gem_config."""
+    torch.manual_seed(options.seed)
+    dtype = compute_dtype(options.dtype)
+    # What is trained is kept in float32; a frozen base may as well be in what it computes in.
+    model, tokenizer = load_base(
+        options.base, dtype=dtype if options.mode == "adapter" else torch.float32
+    )
+    context = model.config.get_text_config().max_position_embeddings
+    if options.max_tokens > context:
+        raise GemError(f"--max-tokens {options.max_tokens} is over the base's context of {context}")
+    special_ids = add_special_tokens(model, tokenizer, options.special_tokens)
+    # Training text is read by a tokenizer that does not know the special tokens: text never
+    # becomes one.
+    plain_tokenizer = AutoTokenizer.from_pretrained(options.base)
+    batches = TrainBatches(options, plain_tokenizer, special_ids)
+    batches.check()
+    arguments = training_arguments(options, bf16=dtype == torch.bfloat16)
+    trainer = GemTrainer(
+        build_model(model, special_ids, options), batches, options, arguments, progress=progress
+    )
+    base_name = options.base.resolve().name
+    return (
+        trainer,
+        tokenizer,
+        GemConfig(special_ids, options.pooling, options.mode, base_name),
+    )
+
+
 def build_model(
-    model: Any, special_ids: tuple[int, ...], options: TrainOptions
+    model: PreTrainedModel, special_ids: tuple[int, ...], options: TrainOptions
 ) -> GemTrainingModel:
     """The training model of ``options.mode`` over a base with its special tokens."""
-    break_symmetry(model, special_ids, seed=options.seed)
+    if options.mode == "full":
+        return DenseModel(model, special_ids, options.pooling, symmetric=options.symmetric)
+    kind = AdapterModel if options.mode == "adapter" else DenseModel
     lm = add_adapter(model, special_ids, rank=options.lora_rank, alpha=options.lora_alpha)
-    return AdapterModel(lm, special_ids, options.pooling, symmetric=options.symmetric)
+    return kind(lm, special_ids, options.pooling, symmetric=options.symmetric)
 
 
-def training_arguments(options: TrainOptions) -> TrainingArguments:
-    """``transformers``' own arguments: checkpoints, logs, seed, clipping."""
-    return TrainingArguments(
+def training_arguments(options: TrainOptions, *, bf16: bool) -> TrainingArguments:
+    """``transformers``' own arguments: checkpoints, logs, seed, clipping.
+
+    bf16: compute in bfloat16; only where trained weights are not in the base's own dtype.
+    """
+    arguments = TrainingArguments(
         output_dir=str(options.run_folder),
         max_steps=options.steps,
         per_device_train_batch_size=options.batch_size,
-        learning_rate=1.0,
+        learning_rate=1.0,  # a factor: the schedule gives the rates themselves
         weight_decay=options.weight_decay,
         max_grad_norm=options.max_grad_norm,
         logging_steps=options.log_every,
@@ -86,19 +123,33 @@ def training_arguments(options: TrainOptions) -> TrainingArguments:
         save_steps=options.save_every,
         save_total_limit=options.keep_checkpoints,
         seed=options.seed,
-        ignore_data_skip=True,
+        ignore_data_skip=True,  # the data set itself starts where the checkpoint ends
         use_cpu=not torch.cuda.is_available(),
+        bf16=bf16 and options.mode != "adapter",
     )
+    # One process on one device: a batch's rows are each other's negatives, it is never split.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def compute_dtype(name: str) -> torch.dtype:
-    """``auto``: bfloat16 where the machine computes in it (CUDA, AVX512-BF16, AMX), else float32."""
+    """``auto``: bfloat16 where there are units for it (CUDA, AVX512-BF16, AMX), else float32."""
     if name != "auto":
-        return getattr(torch, name)
+        return torch.float32 if name == "float32" else torch.bfloat16
     if torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     has_units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if has_units else torch.float32
+
+
+def _save(trainer: GemTrainer, tokenizer, gem_config: GemConfig) -> None:
+    options, lm = trainer.options, trainer.model.lm
+    if options.mode == "lora":
+        lm = lm.merge_and_unload()
+    if options.mode != "adapter":
+        lm = lm.to(read_tensor(options.base, EMBEDDING).dtype)
+    save_checkpoint(options.out, lm, tokenizer, gem_config)
+    write_model_card(options.out, options, trainer.state.log_history)
 
 
 def _prepare_folders(options: TrainOptions, *, resume: bool, overwrite: bool) -> Path | None:
@@ -106,26 +157,48 @@ def _prepare_folders(options: TrainOptions, *, resume: bool, overwrite: bool) ->
     run = options.run_folder
     if resume and overwrite:
         raise GemError("give --resume or --overwrite, not both")
-    used = [folder for folder in (options.out, run) if folder.exists() and any(folder.iterdir())]
-    if overwrite:
-        shutil.rmtree(run, ignore_errors=True)
-    elif not resume and used:
+    if not options.base.is_dir():
+        raise GemError(f"--base {options.base} is not a folder; name a model folder here")
+    used = [path for path in (options.out, run) if path.exists() and not _is_empty(path)]
+    if used and not resume and not overwrite:
         raise GemError(
-            f"{used[0]} is not empty; continue the run with --resume, start anew with --overwrite,"
+            f"{used[0]} is not empty; continue its run with --resume, start anew with --overwrite,"
             " or choose another --out"
         )
+    check_writable(options.out, weight_bytes=weights_size(options.base))
     recorded = run / OPTIONS_FILE
+    if overwrite and run.exists():
+        if not recorded.is_file():
+            raise GemError(
+                f"{run} is no folder of a training run; remove it, or choose another --out"
+            )
+        shutil.rmtree(run)
     if resume and recorded.is_file():
-        if differs := options.difference(json.loads(recorded.read_text(encoding="utf-8"))):
-            flags = ", ".join("--" + name.replace("_", "-") for name in differs)
+        differs = options.difference(json.loads(recorded.read_text(encoding="utf-8")))
+        if differs:
+            flags = ", ".join(flag(name) for name in differs)
             raise GemError(f"--resume needs the options of the run's start; these differ: {flags}")
     run.mkdir(parents=True, exist_ok=True)
     recorded.write_text(json.dumps(options.to_dict(), indent=2) + "\n", encoding="utf-8")
     whole = whole_checkpoints(run)
-    for folder in run.glob("checkpoint-*"):
-        if folder not in whole:
-            shutil.rmtree(folder)
+    for partial in set(run.glob("checkpoint-*")).difference(whole):
+        shutil.rmtree(partial)
     if resume:
-        found = f"continuing from step {whole[-1].name.rpartition('-')[2]}" if whole else "no step yet"
-        print(f"{run}: {found}", file=sys.stderr)
+        where = f"step {whole[-1].name.rpartition('-')[2]}" if whole else "the start"
+        print(f"{run}: continuing from {where}", file=sys.stderr)
     return whole[-1] if whole else None
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
+
+
+def _check_processes() -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise GemError("training runs as one process on one device; start it without a launcher")
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    """Whether writing failed for want of space; torch and safetensors hide the errno."""
+    is_errno = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return is_errno or "No space left" in str(error) or "PytorchStreamWriter" in str(error)

@@ -51,10 +51,10 @@ def mixed_sequence(
     return [*template.head, *prefix, *special_ids, *suffix]
 
 
-def pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Right-pad rows of token ids: int64 [N, T], and their lengths, int64 [N]."""
+def pad(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-pad rows of token ids, by zeros that nothing looks at: int64 [N, T], lengths [N]."""
     lengths = torch.tensor([len(row) for row in rows])
-    token_ids = torch.full((len(rows), int(lengths.max())), pad_id)
+    token_ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
     for row_ids, row in zip(token_ids, rows, strict=True):
         row_ids[: len(row)] = torch.tensor(row)
     return token_ids, lengths
@@ -65,13 +65,12 @@ def next_token_targets(
 ) -> torch.Tensor:
     """What each position is to predict: int64 [N, T], ``IGNORE`` where it predicts nothing.
 
-    The loss mask: a special token is never predicted and predicts nothing; nor does padding.
+    The loss mask: where the label is a special token (or padding) nothing is predicted. So of a run
+    only the last special token predicts: the suffix's first token, from which decoding from special
+    tokens alone starts (appendix B).
     """
     targets = torch.full_like(token_ids, IGNORE)
     targets[:, :-1] = token_ids[:, 1:]
     position = torch.arange(token_ids.shape[1], device=token_ids.device)
-    special = torch.isin(token_ids, torch.tensor(special_ids, device=token_ids.device))
-    predicted_special = torch.zeros_like(special)
-    predicted_special[:, :-1] = special[:, 1:]
-    masked = special | predicted_special | (position >= lengths[:, None] - 1)
-    return targets.masked_fill(masked, IGNORE)
+    special = torch.isin(targets, torch.tensor(special_ids, device=token_ids.device))
+    return targets.masked_fill(special | (position >= lengths[:, None] - 1), IGNORE)

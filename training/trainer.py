@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from gem_vllm.errors import GemError
 from gem_vllm.training.batches import TrainBatches
 from gem_vllm.training.losses import MAX_LOG_TEMPERATURE, alpha_at
 from gem_vllm.training.model import GemTrainingModel
@@ -74,6 +75,11 @@ class GemTrainer(Trainer):
         for name in ("loss_ntp", "loss_cl"):
             if name in outputs:
                 self._window.setdefault(name, []).append(outputs[name].item())
+        if not torch.isfinite(outputs["loss"]):
+            raise GemError(
+                f"the loss is not finite at step {self.state.global_step + 1}; "
+                "use a lower learning rate, or --dtype float32"
+            )
         self._window_tokens += sum(
             int(inputs[name].sum()) for name in ("cl_lengths", "ntp_lengths") if name in inputs
         )

@@ -1,0 +1,120 @@
+"""The model card that is written with every trained checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gem_vllm.training.options import FREE_ON_RESUME, TrainOptions, flag
+
+CARD = """\
+---
+base_model: {base}
+tags:
+- gem
+- text-embeddings
+- text-generation
+---
+# {name}
+
+A GEM checkpoint: the language model {base}, which also gives text embeddings, by {k} special
+token{plural} ({pooling} pooling). {mode}
+
+| | |
+|---|---|
+| Base | {base} |
+| Data | {data} |
+| Steps | {steps} of {batch} texts |
+{losses}| Software | gem-vllm{commit} |
+
+```
+{command}
+```
+"""
+MODES = {
+    "adapter": "The base's weights are unchanged: trained are the special tokens and a LoRA that "
+    "acts on them alone, so it chats as the base does.",
+    "full": "All weights were trained.",
+    "lora": "A LoRA was trained and merged into the weights.",
+}
+LOSSES = {"loss_ntp": "Next-token loss", "loss_cl": "Contrastive loss"}
+
+
+def write_model_card(
+    folder: Path, options: TrainOptions, log_history: Sequence[dict[str, Any]]
+) -> None:
+    """Write ``README.md``: base, data, command, losses, commit. Files by name, not by place.
+
+    log_history: what ``Trainer`` logged, one dict a log, in order.
+    """
+    commit = source_commit()
+    card = CARD.format(
+        name=options.out.resolve().name,
+        base=options.base.resolve().name,
+        k=options.special_tokens,
+        plural="" if options.special_tokens == 1 else "s",
+        pooling=options.pooling,
+        mode=MODES[options.mode],
+        data=", ".join(f"`{Path(spec).name}`" for spec in options.data),
+        steps=options.steps,
+        batch=options.batch_size,
+        losses="".join(
+            f"| {title} | {row} |\n"
+            for name, title in LOSSES.items()
+            if (row := _first_and_last([log[name] for log in log_history if name in log]))
+        ),
+        commit=f" at commit {commit}" if commit else "",
+        command=command_line(options),
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def command_line(options: TrainOptions) -> str:
+    """The command that makes this run again, over several lines; files by name alone."""
+    words = [flag("base"), options.base.resolve().name]
+    for spec in options.data:
+        words += [flag("data"), Path(spec).name]
+    words += [flag("out"), options.out.name]
+    defaults = TrainOptions(
+        base=options.base, data=options.data, out=options.out, mode=options.mode
+    )
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if field.name in {"base", "data", *FREE_ON_RESUME}:
+            continue
+        if field.name == "mode" or value != getattr(defaults, field.name):
+            words += [flag(field.name)] if value is True else [flag(field.name), str(value)]
+    lines, line = [], "gem-vllm train"
+    for word in words:
+        if word.startswith("--") and len(line) > 70:
+            lines.append(line)
+            line = "   "
+        line += " " + shlex.quote(word)
+    return " \\\n".join([*lines, line])
+
+
+def source_commit() -> str | None:
+    """The commit of the source that is running, with ``-dirty`` where it is changed, if in git."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        tracked = subprocess.run(
+            [*git, "ls-files", "--error-unmatch", __file__], capture_output=True
+        )
+        if tracked.returncode:
+            return None
+        describe = [*git, "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"]
+        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return None
+
+
+def _first_and_last(values: list[float]) -> str:
+    if not values:
+        return ""
+    share = max(len(values) // 10, 1)
+    first, last = sum(values[:share]) / share, sum(values[-share:]) / share
+    return f"{first:.3f} at first, {last:.3f} in the end (means over {share} logged steps)"
