@@ -6,6 +6,7 @@ import sys
 
 import typer
 
+from gem_vllm.commands.adapter import app as adapter
 from gem_vllm.commands.demo import demo
 from gem_vllm.commands.fetch import fetch
 from gem_vllm.errors import GemError
@@ -17,12 +18,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(fetch)
+app.add_typer(adapter, name="adapter")
 app.command()(demo)
-
-
-@app.callback()
-def _subcommands() -> None:
-    """Keep ``gem-vllm SUBCOMMAND`` the form, however many subcommands there are."""
 
 
 def main() -> None:

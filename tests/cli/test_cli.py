@@ -1,0 +1,68 @@
+"""The command line as a user meets it: help, exit codes, messages."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from gem_vllm import cli
+from gem_vllm.errors import GemError
+
+SUBCOMMANDS = ("fetch", "train", "adapter", "demo")
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "gem_vllm.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+
+
+def test_help_names_every_subcommand() -> None:
+    result = run("--help")
+    assert result.returncode == 0
+    assert all(name in result.stdout for name in SUBCOMMANDS)
+
+
+@pytest.mark.parametrize("name", SUBCOMMANDS)
+def test_every_subcommand_has_help(name: str) -> None:
+    result = run(name, "--help")
+    assert result.returncode == 0
+    assert "Usage: " in result.stdout
+
+
+def test_help_is_quick_because_nothing_heavy_is_imported() -> None:
+    code = "import sys, gem_vllm.cli; print([m for m in ('torch', 'vllm') if m in sys.modules])"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "[]"
+
+
+def test_what_the_user_can_mend_is_one_line_and_status_2() -> None:
+    result = run("fetch", "no-such-model")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.splitlines() == [
+        "error: unknown model 'no-such-model'; choose one of: smollm2-135m-instruct"
+    ]
+
+
+def test_unknown_options_are_status_2() -> None:
+    assert run("demo", "--no-such-option").returncode == 2
+
+
+@pytest.mark.parametrize("error", [GemError("mend it"), RuntimeError("a bug")])
+def test_only_gem_errors_lose_their_traceback(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "app", fail)
+    expected = SystemExit if isinstance(error, GemError) else RuntimeError
+    with pytest.raises(expected) as raised:
+        cli.main()
+    if isinstance(error, GemError):
+        assert raised.value.code == 2
+        assert capsys.readouterr().err == "error: mend it\n"

