@@ -1,0 +1,237 @@
+"""``gem-vllm train``: from a base model and plain text to a GEM checkpoint."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Mode(StrEnum):
+    adapter = "adapter"
+    full = "full"
+    lora = "lora"
+
+
+class Pooling(StrEnum):
+    mean = "mean"
+    concat = "concat"
+
+
+class Positives(StrEnum):
+    dropout = "dropout"
+    spans = "spans"
+    mix = "mix"
+
+
+class AlphaSchedule(StrEnum):
+    step = "step"
+    linear = "linear"
+    constant = "constant"
+
+
+class Dtype(StrEnum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+_NTP = "Next-token prediction"
+_CONTRASTIVE = "Contrastive learning"
+_OPTIMIZER = "Optimizer"
+_RUN = "Keeping track"
+
+
+def train(
+    base: Annotated[
+        Path, typer.Option(help="Folder of the base model (Hugging Face form, safetensors).")
+    ],
+    data: Annotated[
+        list[str],
+        typer.Option(
+            help="Training text: a .txt file (one text a line) or a .jsonl file, also .gz, or a "
+            "Hugging Face dataset as NAME or NAME:SPLIT. Can be given several times.",
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option(help="Folder to write; checkpoints and logs of the run go to OUT.run.")
+    ],
+    mode: Annotated[
+        Mode,
+        typer.Option(
+            help="What is trained: an adapter that acts on the special tokens only (the base stays "
+            "as it is), all weights (full), or a LoRA that is merged into the weights (lora).",
+        ),
+    ] = Mode.adapter,
+    special_tokens: Annotated[
+        int, typer.Option(help="How many special tokens make an embedding (k), 1 to 64.")
+    ] = 1,
+    pooling: Annotated[
+        Pooling, typer.Option(help="How their hidden states become one embedding.")
+    ] = Pooling.mean,
+    text_field: Annotated[
+        str, typer.Option(help="The field of a .jsonl file or a dataset that holds the text.")
+    ] = "text",
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 1000,
+    batch_size: Annotated[
+        int, typer.Option(help="Texts a step; each text's negatives are the other texts.")
+    ] = 32,
+    max_tokens: Annotated[
+        int, typer.Option(help="Longest sequence in tokens, special tokens included.")
+    ] = 512,
+    dtype: Annotated[
+        Dtype, typer.Option(help="What to compute in; auto: bfloat16 where there are units for it.")
+    ] = Dtype.auto,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same losses.")] = 0,
+    positives: Annotated[
+        Positives,
+        typer.Option(
+            help="A text's positive: itself with tokens dropped; or two spans of it; or batches of "
+            "both in turn (mix: spans of the first --data, dropout of the last).",
+            rich_help_panel=_CONTRASTIVE,
+        ),
+    ] = Positives.dropout,
+    drop_rate: Annotated[
+        float, typer.Option(help="Share of tokens dropped.", rich_help_panel=_CONTRASTIVE)
+    ] = 0.3,
+    symmetric: Annotated[
+        bool,
+        typer.Option(
+            "--symmetric",
+            help="Let positives look for their texts, too.",
+            rich_help_panel=_CONTRASTIVE,
+        ),
+    ] = False,
+    contrastive_learning_rate: Annotated[
+        float | None,
+        typer.Option(
+            help="Peak learning rate. [default: adapter 5e-4, lora 1e-4, full 1e-5]",
+            rich_help_panel=_CONTRASTIVE,
+        ),
+    ] = None,
+    alpha_schedule: Annotated[
+        AlphaSchedule | None,
+        typer.Option(
+            help="How the weight of the contrastive loss (alpha) goes: 0 and then --alpha, a ramp, "
+            "or always --alpha. [default: adapter constant, full and lora step]",
+            rich_help_panel=_CONTRASTIVE,
+        ),
+    ] = None,
+    alpha: Annotated[
+        float, typer.Option(help="That weight, in the end.", rich_help_panel=_CONTRASTIVE)
+    ] = 1.0,
+    alpha_steps: Annotated[
+        int,
+        typer.Option(
+            help="Steps before alpha steps up, or of its ramp.", rich_help_panel=_CONTRASTIVE
+        ),
+    ] = 100,
+    raw_share: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of texts without special tokens. [default: 0.8, adapter 0]",
+            rich_help_panel=_NTP,
+        ),
+    ] = None,
+    reconstruction_share: Annotated[
+        float,
+        typer.Option(
+            help="Of the other texts, the share to be repeated from the special tokens; the rest "
+            "is cut at a random place.",
+            rich_help_panel=_NTP,
+        ),
+    ] = 0.5,
+    ntp_learning_rate: Annotated[
+        float | None,
+        typer.Option(
+            help="Peak learning rate. [default: full 1e-4, adapter and lora 5e-4]",
+            rich_help_panel=_NTP,
+        ),
+    ] = None,
+    warmup_share: Annotated[
+        float, typer.Option(help="Share of steps that warm up.", rich_help_panel=_OPTIMIZER)
+    ] = 0.05,
+    weight_decay: Annotated[
+        float, typer.Option(help="Of AdamW.", rich_help_panel=_OPTIMIZER)
+    ] = 0.0,
+    max_grad_norm: Annotated[
+        float, typer.Option(help="Longer gradients are clipped.", rich_help_panel=_OPTIMIZER)
+    ] = 1.0,
+    lora_rank: Annotated[
+        int, typer.Option(help="Of the modes adapter and lora.", rich_help_panel=_OPTIMIZER)
+    ] = 16,
+    lora_alpha: Annotated[
+        int, typer.Option(help="Of the modes adapter and lora.", rich_help_panel=_OPTIMIZER)
+    ] = 32,
+    save_every: Annotated[
+        int, typer.Option(help="Steps between checkpoints.", rich_help_panel=_RUN)
+    ] = 100,
+    keep_checkpoints: Annotated[
+        int, typer.Option(help="How many of them stay while it trains.", rich_help_panel=_RUN)
+    ] = 2,
+    log_every: Annotated[
+        int, typer.Option(help="Steps between log entries (TensorBoard).", rich_help_panel=_RUN)
+    ] = 1,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Continue an interrupted run.", rich_help_panel=_RUN),
+    ] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Start anew over what --out holds.", rich_help_panel=_RUN),
+    ] = False,
+) -> None:
+    """Teach a language model to embed text.
+
+    The base model gets special tokens whose hidden states, behind a text, are its embedding; they
+    are trained on plain text, without labels. The result is one folder that embeds and chats,
+    ready for `vllm serve`. An example that takes a few minutes on a laptop:
+
+    gem-vllm train --base models/SmolLM2-135M-Instruct --data texts.txt --out my-model --steps 60
+    """
+    from gem_vllm.training.options import TrainOptions
+    from gem_vllm.training.run import train as run_training
+
+    options = TrainOptions(
+        base=base,
+        data=tuple(data),
+        out=out,
+        mode=mode.value,
+        special_tokens=special_tokens,
+        pooling=pooling.value,
+        text_field=text_field,
+        steps=steps,
+        batch_size=batch_size,
+        max_tokens=max_tokens,
+        seed=seed,
+        dtype=dtype.value,
+        raw_share=raw_share,
+        reconstruction_share=reconstruction_share,
+        ntp_learning_rate=ntp_learning_rate,
+        positives=positives.value,
+        drop_rate=drop_rate,
+        symmetric=symmetric,
+        contrastive_learning_rate=contrastive_learning_rate,
+        alpha_schedule=None if alpha_schedule is None else alpha_schedule.value,
+        alpha=alpha,
+        alpha_steps=alpha_steps,
+        warmup_share=warmup_share,
+        weight_decay=weight_decay,
+        max_grad_norm=max_grad_norm,
+        lora_rank=lora_rank,
+        lora_alpha=lora_alpha,
+        save_every=save_every,
+        keep_checkpoints=keep_checkpoints,
+        log_every=log_every,
+    )
+    try:
+        folder = run_training(options, resume=resume, overwrite=overwrite)
+    except KeyboardInterrupt:
+        typer.echo(
+            f"interrupted; {options.run_folder} keeps the last checkpoint: continue with --resume",
+            err=True,
+        )
+        raise typer.Exit(130) from None
+    typer.echo(folder)
