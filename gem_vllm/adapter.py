@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -31,6 +31,7 @@ from gem_vllm.weights import (
     EMBEDDING,
     copy_with_rows,
     read_tensor,
+    read_tensors,
     weights_sha256,
     weights_size,
 )
@@ -82,7 +83,7 @@ def read_lora(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise GemConfigError(f"{folder / _WEIGHTS} is missing; copy or download the folder again")
     config = read_json(folder / _CONFIG)
     check_plain_lora(config)
-    return config, load_file(folder / _WEIGHTS)
+    return config, read_tensors(folder / _WEIGHTS)
 
 
 def check_plain_lora(config: dict[str, Any]) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from gem_vllm.errors import GemConfigError
@@ -21,6 +24,24 @@ _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 
 
+@contextmanager
+def open_weights(file: Path) -> Iterator[Any]:
+    """A safetensors file, as `safetensors.safe_open`; GemConfigError if it cannot be read."""
+    try:
+        with safe_open(file, "pt") as opened:
+            yield opened
+    except (OSError, SafetensorError) as error:
+        raise GemConfigError(
+            f"{file} cannot be read ({error}); copy or download the folder again"
+        ) from error
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file."""
+    with open_weights(file) as opened:
+        return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+
+
 def weight_files(folder: Path) -> dict[str, Path]:
     """Tensor name to the safetensors file that holds it, sorted by name.
 
@@ -29,7 +50,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
             of the usual name.
     """
     if (folder / _SINGLE).is_file():
-        with safe_open(folder / _SINGLE, "pt") as file:
+        with open_weights(folder / _SINGLE) as file:
             found = dict.fromkeys(file.keys(), folder / _SINGLE)
     elif (folder / _INDEX).is_file():
         weight_map = read_json(folder / _INDEX)["weight_map"]
@@ -57,7 +78,7 @@ def weights_size(folder: Path) -> int:
 
 def read_tensor(folder: Path, name: str) -> Tensor:
     """One tensor, in the dtype of the file."""
-    with safe_open(weight_files(folder)[name], "pt") as file:
+    with open_weights(weight_files(folder)[name]) as file:
         return file.get_tensor(name)
 
 
@@ -69,7 +90,7 @@ def weights_sha256(folder: Path, vocab_rows: int) -> str:
     """
     digest = hashlib.sha256()
     for name, file in weight_files(folder).items():
-        with safe_open(file, "pt") as shard:
+        with open_weights(file) as shard:
             tensor = shard.get_tensor(name)
         if name in (EMBEDDING, HEAD):
             tensor = tensor[:vocab_rows]
@@ -101,10 +122,9 @@ def copy_with_rows(
     for file in sorted(set(files.values())):
         if not {name for name in (EMBEDDING, HEAD) if files.get(name) == file}:
             shutil.copyfile(file, out / file.name)
-            with safe_open(file, "pt") as shard:
-                total += sum(shard.get_tensor(name).nbytes for name in shard.keys())  # noqa: SIM118
+            total += sum(tensor.nbytes for tensor in read_tensors(file).values())
             continue
-        tensors = load_file(file)
+        tensors = read_tensors(file)
         for name in (EMBEDDING, HEAD):
             if name in tensors:
                 old = tensors[name]
@@ -112,8 +132,9 @@ def copy_with_rows(
                 new[:base_rows] = old[:base_rows]
                 new[list(special_ids)] = 0 if name == HEAD and not tied else rows.to(old.dtype)
                 tensors[name] = new
-        with safe_open(file, "pt") as shard:
-            save_file(tensors, out / file.name, metadata=shard.metadata())
+        with open_weights(file) as shard:
+            metadata = shard.metadata()
+        save_file(tensors, out / file.name, metadata=metadata)
         total += sum(tensor.nbytes for tensor in tensors.values())
     if (source / _INDEX).is_file() and not (source / _SINGLE).is_file():
         weight_map = read_json(source / _INDEX)["weight_map"]
