@@ -19,6 +19,7 @@ from gem_vllm.errors import GemError
 
 SERVED_NAME = "gem"
 CONTEXT_TOKENS = 2048
+CPUINFO = Path("/proc/cpuinfo")
 KV_CACHE = "1G"
 START_SECONDS = 600.0
 LOG_TAIL_LINES = 30
@@ -114,8 +115,7 @@ def _has_cuda() -> bool:
 
 
 def _cpu_has_bfloat16() -> bool:
-    cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.is_file():
+    if not CPUINFO.is_file():
         return platform.machine() == "arm64"
-    flags = cpuinfo.read_text(encoding="utf-8", errors="replace").split()
+    flags = CPUINFO.read_text(encoding="utf-8", errors="replace").split()
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)

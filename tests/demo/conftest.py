@@ -1,0 +1,13 @@
+"""``vllm serve`` replaced by the script next door."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.demo import stand_ins
+
+
+@pytest.fixture
+def fake_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_ins.fake_vllm(monkeypatch)
+    monkeypatch.setattr("gem_vllm.demo.server._has_cuda", lambda: False)

@@ -1,0 +1,126 @@
+"""No process outlives its block, whatever ends it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gem_vllm.demo import processes
+from gem_vllm.demo.processes import process_group, wait_for
+from gem_vllm.errors import GemError
+
+FAMILY = """
+import os, signal, subprocess, sys, time
+if "stubborn" in sys.argv:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+with open(sys.argv[1] + ".new", "w") as file:
+    file.write(f"{os.getpid()} {child.pid}")
+os.rename(sys.argv[1] + ".new", sys.argv[1])
+time.sleep(600)
+"""
+# Runs FAMILY in a process group, as the demo runs the server, until a signal comes.
+OWNER = """
+import sys, time
+from gem_vllm.demo.processes import process_group, terminated_like_interrupted
+with terminated_like_interrupted(), process_group([sys.executable, "-c", *sys.argv[1:]]):
+    time.sleep(600)
+"""
+
+
+def alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def until(condition: Callable[[], bool], seconds: float = 20.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return condition()
+
+
+def pids_in(file: Path) -> list[int]:
+    assert until(file.exists)
+    return [int(pid) for pid in file.read_text().split()]
+
+
+def test_leaving_the_block_ends_children_of_children(tmp_path: Path) -> None:
+    with process_group([sys.executable, "-c", FAMILY, str(tmp_path / "pids")]):
+        pids = pids_in(tmp_path / "pids")
+        assert all(map(alive, pids))
+    assert not any(map(alive, pids))
+
+
+def test_an_exception_ends_them_and_goes_on(tmp_path: Path) -> None:
+    pids: list[int] = []
+
+    def fail() -> None:
+        with process_group([sys.executable, "-c", FAMILY, str(tmp_path / "pids")]):
+            pids.extend(pids_in(tmp_path / "pids"))
+            raise RuntimeError("boom")
+
+    with pytest.raises(RuntimeError, match="boom"):
+        fail()
+    assert pids
+    assert not any(map(alive, pids))
+
+
+def test_who_ignores_sigterm_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "GRACE_SECONDS", 0.3)
+    with process_group([sys.executable, "-c", FAMILY, str(tmp_path / "pids"), "stubborn"]):
+        pids = pids_in(tmp_path / "pids")
+    assert not any(map(alive, pids))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_the_owner_ends_them(number: signal.Signals, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", OWNER, FAMILY, str(tmp_path / "pids")]
+    owner = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    pids = pids_in(tmp_path / "pids")
+    owner.send_signal(number)
+    assert owner.wait(timeout=30) != 0
+    assert until(lambda: not any(map(alive, pids)), seconds=2)
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.05, 0.1, 0.2, 0.3])
+def test_ctrl_c_at_any_moment_leaves_nothing(delay: float, tmp_path: Path) -> None:
+    mark = f"mark-{os.getpid()}-{delay}"
+    command = [sys.executable, "-c", OWNER, FAMILY, str(tmp_path / "pids"), mark]
+    owner = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    time.sleep(delay)
+    owner.send_signal(signal.SIGINT)
+    owner.send_signal(signal.SIGINT)
+    owner.wait(timeout=30)
+
+    def left() -> bool:
+        listing = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)
+        return mark in listing.stdout
+
+    assert until(lambda: not left(), seconds=2)
+
+
+def test_output_goes_to_the_log(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    code = "import sys; print('out'); print('err', file=sys.stderr)"
+    with process_group([sys.executable, "-c", code], log=log) as process:
+        wait_for(process, "a print")
+    assert sorted(log.read_text().split()) == ["err", "out"]
+
+
+def test_failure_is_told(tmp_path: Path) -> None:
+    with (
+        pytest.raises(GemError, match="a test failed with exit status 3"),
+        process_group([sys.executable, "-c", "raise SystemExit(3)"]) as process,
+    ):
+        wait_for(process, "a test")

@@ -1,0 +1,131 @@
+"""The demo's own course, with stand-ins for training and for vLLM."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from gem_vllm.demo import run
+from gem_vllm.demo.client import STEPS_METRIC, Client, Totals, parse_step_counts
+from gem_vllm.demo.run import DemoOptions, run_demo, steps_for
+from gem_vllm.errors import GemError
+from tests.demo.stand_ins import stand_ins, without_a_model
+from tests.tiny import make_tiny_base
+
+ROOT = Path(__file__).resolve().parents[2]
+# Runs the demo in a process of its own.
+DRIVER = """
+import sys
+from pathlib import Path
+import pytest
+from rich.console import Console
+from gem_vllm.demo.run import DemoOptions, run_demo
+from tests.demo.stand_ins import stand_ins, without_a_model
+work = Path(sys.argv[1])
+with pytest.MonkeyPatch.context() as patch:
+    stand_ins(patch, work, sys.argv[2:])
+    without_a_model(patch)
+    run_demo(DemoOptions(Path("examples"), work, work / "out", 1.0), Console())
+"""
+
+
+def options(work: Path) -> DemoOptions:
+    return DemoOptions(ROOT / "examples", work, work / "out", train_minutes=1.0)
+
+
+def test_from_start_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_tiny_base("llama", tmp_path / "base")
+    stand_ins(monkeypatch, tmp_path, [])
+    output = io.StringIO()
+    for _ in range(2):  # the second run makes the run's folder anew
+        run_demo(options(tmp_path), Console(file=output, width=120))
+    text = output.getvalue()
+    assert text.count("In large mounds.") == 2 * len(run.QUESTIONS)
+    assert "8 steps of the engine held embedding and chat at once" in text
+    assert "accuracy@1" in text
+    assert "40 texts" in text
+    assert f"vllm serve {tmp_path / 'out' / 'checkpoint'}" in text.replace("\n", "")
+
+
+def test_a_server_that_fails_ends_the_demo_with_its_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_ins(monkeypatch, tmp_path, ["broken"])
+    without_a_model(monkeypatch)
+    with pytest.raises(GemError, match=r"(?s)vllm serve ended.*no engine today"):
+        run_demo(options(tmp_path), Console(file=io.StringIO()))
+
+
+@pytest.mark.parametrize("moment", ["train-for-ever", "slow"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_leaves_no_process(moment: str, number: signal.Signals, tmp_path: Path) -> None:
+    driver = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(tmp_path), moment],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    reached = tmp_path / "out" / "checkpoint" / ("pids" if moment == "slow" else moment)
+    deadline = time.monotonic() + 60
+    while not reached.exists() and time.monotonic() < deadline and driver.poll() is None:
+        time.sleep(0.05)
+    assert reached.exists()
+    driver.send_signal(number)
+    assert driver.wait(timeout=30) != 0
+    time.sleep(0.2)
+    listing = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)
+    assert str(tmp_path) not in listing.stdout
+
+
+def test_foreign_folders_and_bad_input_are_refused_before_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "fetch_model", pytest.fail)
+    console = Console(file=io.StringIO())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "letter.txt").touch()
+    with pytest.raises(GemError, match="holds something else"):
+        run_demo(options(tmp_path), console)
+    with pytest.raises(GemError, match="does not exist; run from the repository's root"):
+        run_demo(DemoOptions(tmp_path, tmp_path, tmp_path / "new", 1.0), console)
+    with pytest.raises(GemError, match="--train-minutes"):
+        run_demo(DemoOptions(ROOT / "examples", tmp_path, tmp_path / "new", 0.0), console)
+
+
+def test_steps_follow_the_machine() -> None:
+    assert steps_for(4, 600) == pytest.approx(2 * steps_for(2, 600), abs=1)
+    assert steps_for(4, 1) == run.STEPS_AT_LEAST
+    assert steps_for(4, 1e9) == run.STEPS_AT_MOST
+
+
+def test_the_counter_is_the_plugins() -> None:
+    source = (ROOT / "gem_vllm" / "plugin" / "metrics.py").read_text()
+    assert f'STEPS_METRIC = "{STEPS_METRIC.removesuffix("_total")}"' in source
+
+
+def test_step_counts_are_summed_over_engines() -> None:
+    metrics = '# TYPE gem_steps counter\ngem_steps_total{kind="mixed",engine="0"} 2.0\n'
+    metrics += 'gem_steps_total{kind="mixed",engine="1"} 3.0\nother_total{kind="mixed"} 9.0\n'
+    assert parse_step_counts(metrics) == {"mixed": 5}
+
+
+def test_an_error_of_the_server_is_told() -> None:
+    import httpx
+
+    def refuse(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(400, text="empty input")
+
+    async def embed() -> None:
+        async with Client("http://server", transport=httpx.MockTransport(refuse)) as client:
+            await client.embed_all(["a"] * 9, totals=Totals(), on_progress=lambda n: None)
+
+    with pytest.raises(GemError, match="answered 400 to /v1/embeddings: empty input"):
+        asyncio.run(embed())
