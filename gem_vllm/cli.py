@@ -9,6 +9,7 @@ import typer
 from gem_vllm.commands.adapter import app as adapter
 from gem_vllm.commands.demo import demo
 from gem_vllm.commands.fetch import fetch
+from gem_vllm.commands.train import train
 from gem_vllm.errors import GemError
 
 app = typer.Typer(
@@ -18,6 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(fetch)
+app.command()(train)
 app.add_typer(adapter, name="adapter")
 app.command()(demo)
 
