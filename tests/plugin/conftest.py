@@ -1,0 +1,96 @@
+"""vLLM engines in the test's own process: one starts in seconds, and no two live at once."""
+
+from __future__ import annotations
+
+import os
+
+# Before vLLM is imported: one process, no pinning of threads to cores that other tests use too.
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.tiny import make_tiny_checkpoint
+from vllm import LLM, PoolingParams, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+
+EMBED = PoolingParams(task="embed")
+
+
+@contextmanager
+def running_engine(folder: Path | str, **options: Any) -> Iterator[LLM]:
+    """An in-process `LLM` over `folder`, in float32 and eager unless `options` say otherwise."""
+    defaults: dict[str, Any] = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": 1 << 27,
+        "distributed_executor_backend": "uni",
+        "seed": 0,
+    }
+    llm = LLM(str(folder), **{**defaults, **options})
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        cleanup_dist_env_and_memory()
+        gc.collect()
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`tiny_checkpoint("llama", k=4)` makes a tiny GEM checkpoint once."""
+    made: dict[tuple[Any, ...], Path] = {}
+
+    def make(family: str, **options: Any) -> Path:
+        key = (family, *sorted(options.items()))
+        if key not in made:
+            folder = tmp_path_factory.mktemp(family) / "checkpoint"
+            made[key] = make_tiny_checkpoint(family, folder, **options)
+        return made[key]
+
+    return make
+
+
+def embed(llm: LLM, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+    """float32 [n, d]: the engine's embeddings of prompts given as token ids."""
+    outputs = llm.embed([{"prompt_token_ids": list(ids)} for ids in prompts], use_tqdm=False)
+    return torch.tensor([output.outputs.embedding for output in outputs])
+
+
+def run_together(
+    llm: LLM, requests: dict[str, tuple[Sequence[int], SamplingParams | PoolingParams]]
+) -> dict[str, Any]:
+    """Add all requests, named by their keys, then step until all are done; the last output each."""
+    engine = llm.llm_engine
+    for name, (prompt, params) in requests.items():
+        engine.add_request(name, {"prompt_token_ids": list(prompt)}, params)
+    outputs = {}
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            outputs[output.request_id] = output
+    return outputs
+
+
+def step_counts(llm: LLM) -> dict[str, int]:
+    """Engine steps so far by kind, from the scheduler of an in-process engine."""
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    return dict(scheduler._step_counts)
+
+
+def random_prompts(lengths: Sequence[int], vocab: int = 400, seed: int = 0) -> list[list[int]]:
+    """Prompts of the given lengths, of token ids 3 to `vocab` - 1."""
+    random = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, vocab, (n,), generator=random).tolist() for n in lengths]
+
+
+def cosines(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """float64 [n]: cosine of each row of `a` with the same row of `b`."""
+    return torch.nn.functional.cosine_similarity(a.double(), b.double())

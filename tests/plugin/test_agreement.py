@@ -1,0 +1,158 @@
+"""The engine's embeddings against the float32 reference, alone and in batches with generation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tests.plugin.conftest import (
+    EMBED,
+    cosines,
+    embed,
+    random_prompts,
+    run_together,
+    running_engine,
+    step_counts,
+)
+from tests.tiny import FAMILIES
+from vllm import SamplingParams
+
+from gem_vllm.reference import ReferenceEmbedder
+
+LIMIT = 256
+GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+
+
+def lengths(k: int) -> list[int]:
+    """1 to the limit, around the KV block of 128 tokens, so that runs cross its border."""
+    return [1, 2, 17, 127 - k, 128 - k, 130 - k, 127, 128, 129, LIMIT - k - 1, LIMIT - k]
+
+
+@pytest.mark.parametrize("k", [1, 4, 10])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_float32_alone_and_mixed(family: str, k: int, tiny_checkpoint: Callable[..., Path]) -> None:
+    folder = tiny_checkpoint(family, k=k)
+    prompts = random_prompts(lengths(k))
+    expected = ReferenceEmbedder(folder).embed(prompts)
+    with running_engine(folder, max_model_len=LIMIT) as llm:
+        assert cosines(embed(llm, prompts), expected).min() >= 0.9999
+
+        questions = random_prompts([5, 40, 130], seed=1)
+        alone = run_together(llm, {f"chat-{i}": (q, GREEDY) for i, q in enumerate(questions)})
+        outputs = run_together(
+            llm,
+            {f"chat-{i}": (q, GREEDY) for i, q in enumerate(questions)}
+            | {f"text-{i}": (p, EMBED) for i, p in enumerate(prompts)},
+        )
+        assert step_counts(llm)["mixed"] > 0
+    mixed = torch.stack([outputs[f"text-{i}"].outputs.data for i in range(len(prompts))])
+    assert cosines(mixed, expected).min() >= 0.9999
+    for name, output in alone.items():
+        assert outputs[name].outputs[0].token_ids == output.outputs[0].token_ids
+    for i, prompt in enumerate(prompts):
+        assert outputs[f"text-{i}"].prompt_token_ids == prompt  # special tokens are not the user's
+
+
+@pytest.mark.parametrize("k", [1, 4, 10])
+def test_bfloat16(k: int, tiny_checkpoint: Callable[..., Path]) -> None:
+    folder = tiny_checkpoint("llama", k=k)
+    prompts = random_prompts(lengths(k))
+    expected = ReferenceEmbedder(folder).embed(prompts)
+    with running_engine(folder, max_model_len=LIMIT, dtype="bfloat16") as llm:
+        assert cosines(embed(llm, prompts), expected).min() >= 0.999
+
+
+@pytest.mark.parametrize("train_mode", ["full", "lora"])
+def test_without_adapter(train_mode: str, tiny_checkpoint: Callable[..., Path]) -> None:
+    folder = tiny_checkpoint("llama", k=4, train_mode=train_mode)
+    prompts = random_prompts([3, 60])
+    with running_engine(folder, max_model_len=LIMIT) as llm:
+        assert cosines(embed(llm, prompts), ReferenceEmbedder(folder).embed(prompts)).min() > 0.9999
+
+
+def test_concat_dimensions_and_raw_pooling(tiny_checkpoint: Callable[..., Path]) -> None:
+    folder = tiny_checkpoint("qwen3", k=4, pooling="concat")
+    prompts = random_prompts([7, 90])
+    expected = ReferenceEmbedder(folder).embed(prompts)
+    with running_engine(folder, max_model_len=LIMIT) as llm:
+        whole = embed(llm, prompts)
+        assert whole.shape == (2, 4 * 64)
+        assert cosines(whole, expected).min() >= 0.9999
+
+        cut = EMBED.clone()
+        cut.dimensions = 100
+        raw = EMBED.clone()
+        raw.use_activation = False
+        outputs = run_together(llm, {"cut": (prompts[0], cut), "raw": (prompts[0], raw)})
+    leading = torch.nn.functional.normalize(whole[0, :100], dim=0)
+    torch.testing.assert_close(outputs["cut"].outputs.data, leading, atol=1e-5, rtol=0)
+    data = outputs["raw"].outputs.data
+    assert abs(float(data.norm()) - 1) > 1e-3
+    assert cosines(data[None], expected[:1]).min() >= 0.9999
+
+
+def test_special_tokens_do_not_see_each_other(tiny_checkpoint: Callable[..., Path]) -> None:
+    """A plain causal mask would give another embedding: the agreement above means the GEM mask."""
+    folder = tiny_checkpoint("llama", k=4)
+    reference = ReferenceEmbedder(folder)
+    prompt = random_prompts([20])[0]
+    special = list(reference.gem_config.special_token_ids)
+    reference._at_special = torch.isin(
+        torch.tensor(prompt + special), torch.tensor(special)
+    ).unsqueeze(-1)
+    with torch.no_grad():
+        causal = reference.model.base_model(input_ids=torch.tensor([prompt + special]))
+    pooled = causal.last_hidden_state[0, -4:].mean(0)
+    assert cosines(pooled[None], reference.embed([prompt])).item() < 0.999
+
+
+@pytest.mark.parametrize("k", [4, 10])
+def test_special_tokens_across_chunks(k: int, tiny_checkpoint: Callable[..., Path]) -> None:
+    """With a budget of 16 tokens a step, the run falls across two steps at every offset."""
+    folder = tiny_checkpoint("llama", k=k)
+    prompts = random_prompts(range(30, 48))
+    expected = ReferenceEmbedder(folder).embed(prompts)
+    with running_engine(
+        folder, max_model_len=LIMIT, max_num_batched_tokens=16, max_num_seqs=8
+    ) as llm:
+        for prompt, reference in zip(prompts, expected, strict=True):
+            assert cosines(embed(llm, [prompt]), reference[None]).item() >= 0.9999
+        assert cosines(embed(llm, prompts), expected).min() >= 0.9999
+
+
+def test_prefix_cache_hits_end_with_the_text(tiny_checkpoint: Callable[..., Path]) -> None:
+    folder = tiny_checkpoint("llama", k=10)
+    prompts = random_prompts([128 * n - shift for n in (1, 2, 3) for shift in (0, 5, 9, 10, 11)])
+    expected = ReferenceEmbedder(folder).embed(prompts)
+    with running_engine(folder, max_model_len=512, enable_prefix_caching=True) as llm:
+        assert cosines(embed(llm, prompts), expected).min() >= 0.9999
+        outputs = run_together(
+            llm, {f"text-{i}": (prompt, EMBED) for i, prompt in enumerate(prompts)}
+        )
+        cached = [outputs[f"text-{i}"].num_cached_tokens for i in range(len(prompts))]
+        again = torch.stack([outputs[f"text-{i}"].outputs.data for i in range(len(prompts))])
+        assert cosines(again, expected).min() >= 0.9999
+        assert cached == [len(prompt) // 128 * 128 for prompt in prompts]
+        # The same blocks serve generation.
+        chat = run_together(llm, {"chat": (prompts[-1], GREEDY)})["chat"]
+        assert chat.num_cached_tokens == len(prompts[-1]) // 128 * 128
+
+
+def test_preempted_embeddings_come_out_right(tiny_checkpoint: Callable[..., Path]) -> None:
+    """A KV cache of 8 blocks for requests of 2 and more: some are preempted and start over."""
+    folder = tiny_checkpoint("llama", k=4)
+    texts = random_prompts([150, 200, 240, 100, 250, 160])
+    expected = ReferenceEmbedder(folder).embed(texts)
+    long = SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True)
+    chats = random_prompts([100, 110, 120, 90], seed=3)
+    with running_engine(folder, max_model_len=512, num_gpu_blocks_override=8) as llm:
+        outputs = run_together(
+            llm,
+            {f"chat-{i}": (chat, long) for i, chat in enumerate(chats)}
+            | {f"text-{i}": (text, EMBED) for i, text in enumerate(texts)},
+        )
+    mixed = torch.stack([outputs[f"text-{i}"].outputs.data for i in range(len(texts))])
+    assert cosines(mixed, expected).min() >= 0.9999
+    assert all(len(outputs[f"chat-{i}"].outputs[0].token_ids) == 200 for i in range(len(chats)))
