@@ -16,17 +16,17 @@ from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from gem_vllm.config import (
     SUPPORTED_ARCHITECTURES,
     GemConfig,
     base_architecture,
     gem_architecture,
-    special_token,
 )
 from gem_vllm.errors import GemConfigError
 from gem_vllm.folders import read_json, write_json, written_whole
+from gem_vllm.tokens import append_tokens, load_tokenizer, write_tokenizer
 from gem_vllm.weights import (
     EMBEDDING,
     copy_with_rows,
@@ -161,7 +161,7 @@ def apply_adapter(base: str | Path, adapter: str | Path, out: str | Path) -> Non
             "folder again with: gem-vllm adapter extract"
         )
     _check_fit(base, gem_config, rows)
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = load_tokenizer(base)
     if append_tokens(tokenizer, gem_config.k) != gem_config.special_token_ids:
         raise GemConfigError(
             f"the tokenizer of {base} gives the special tokens other ids than the adapter's "
@@ -217,15 +217,6 @@ def write_configs(
         write_json(folder / "generation_config.json", generation)
 
 
-def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Save ``tokenizer``, without what transformers notes about how it was loaded."""
-    tokenizer.save_pretrained(folder)
-    config = read_json(folder / "tokenizer_config.json")
-    for key in ("is_local", "local_files_only", "name_or_path"):
-        config.pop(key, None)
-    write_json(folder / "tokenizer_config.json", config)
-
-
 def with_base(gem_config: GemConfig, folder: Path) -> GemConfig:
     """``gem_config`` with what identifies the base: architecture, vocabulary, weights.
 
@@ -256,19 +247,6 @@ def plain_architecture(config: dict[str, Any]) -> str:
         return base_architecture(architecture)
     gem_architecture(architecture)
     return architecture
-
-
-def append_tokens(tokenizer: PreTrainedTokenizerBase, k: int) -> tuple[int, ...]:
-    """Add ``<|gem_0|>`` ... to ``tokenizer``, marked special; return their ids."""
-    tokens = [special_token(i) for i in range(k)]
-    if taken := [token for token in tokens if token in tokenizer.get_vocab()]:
-        raise GemConfigError(
-            f"the tokenizer has {taken[0]} already; start from a base model, not from a checkpoint"
-        )
-    tokenizer.add_special_tokens(
-        {"extra_special_tokens": tokens}, replace_extra_special_tokens=False
-    )
-    return tuple(tokenizer.convert_tokens_to_ids(tokens))
 
 
 def _check_fit(base: Path, gem_config: GemConfig, rows: Tensor) -> None:

@@ -13,7 +13,6 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -21,7 +20,6 @@ from transformers import (
 from gem_vllm.adapter import (
     ADAPTER_FOLDER,
     Adapter,
-    append_tokens,
     apply_adapter,
     check_plain_lora,
     extract_adapter,
@@ -30,11 +28,11 @@ from gem_vllm.adapter import (
     with_base,
     write_checkpoint,
     write_configs,
-    write_tokenizer,
 )
 from gem_vllm.config import MAX_SPECIAL_TOKENS, GemConfig, special_token
 from gem_vllm.errors import GemConfigError
 from gem_vllm.folders import read_json, written_whole
+from gem_vllm.tokens import append_tokens, load_tokenizer, write_tokenizer
 from gem_vllm.weights import EMBEDDING, read_tensor, weight_files, weights_size
 
 __all__ = [
@@ -200,8 +198,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def _load(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     folder = folder.resolve()  # save_checkpoint reads the base again, from wherever it is run
     weight_files(folder)
+    tokenizer = load_tokenizer(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
