@@ -46,7 +46,7 @@ class TrainBatches(IterableDataset):
         )
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        streams = [self._contents(source) for source in self.sources]
+        streams = [self._contents(index) for index in range(len(self.sources))]
         for step in range(self.options.steps):
             kind, source = self._turn(step)
             contents = [next(streams[source]) for _ in range(self.options.batch_size)]
@@ -55,9 +55,9 @@ class TrainBatches(IterableDataset):
 
     def check(self) -> None:
         """Read the first batch of every source; raise GemError where that cannot be done."""
-        for source in self.sources:
+        for index, source in enumerate(self.sources):
             source.check()
-            stream = self._contents(source)
+            stream = self._contents(index)
             for _ in range(self.options.batch_size):
                 next(stream)
 
@@ -67,11 +67,11 @@ class TrainBatches(IterableDataset):
             return ("spans", 0) if step % 2 == 0 else ("dropout", last)
         return kind, step % len(self.sources)
 
-    def _contents(self, source: TextSource) -> Iterator[list[int]]:
-        """Token ids of the texts, for ever; texts under 8 tokens are left out."""
-        epoch = 0
+    def _contents(self, index: int) -> Iterator[list[int]]:
+        """Token ids of a source's texts, for ever; texts under 8 tokens are left out."""
+        source, epoch = self.sources[index], 0
         while True:
-            rng = random.Random(f"{self.options.seed}/{source.spec}/{epoch}")
+            rng = random.Random(f"{self.options.seed}/{index}/{epoch}")
             kept = 0
             for token_ids in self._tokenized(shuffled(source, rng)):
                 if len(token_ids) >= MIN_SPAN_TOKENS:

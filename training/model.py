@@ -37,6 +37,8 @@ class GemTrainingModel(nn.Module, ABC):
         self.symmetric = symmetric
         self.log_temperature = nn.Parameter(torch.tensor(INITIAL_LOG_TEMPERATURE))
         self.config = self.base.config.get_text_config()
+        if getattr(self.config, "attn_logit_softcapping", None) is not None:
+            self.base.set_attn_implementation("eager")  # no other has it with gradients
 
     @property
     def base(self) -> PreTrainedModel:

@@ -45,13 +45,15 @@ LOSSES = {"loss_ntp": "Next-token loss", "loss_cl": "Contrastive loss"}
 
 
 def write_model_card(
-    folder: Path, options: TrainOptions, log_history: Sequence[dict[str, Any]]
+    folder: Path,
+    options: TrainOptions,
+    log_history: Sequence[dict[str, Any]],
+    commit: str | None,
 ) -> None:
     """Write ``README.md``: base, data, command, losses, commit. Files by name, not by place.
 
-    log_history: what ``Trainer`` logged, one dict a log, in order.
+    log_history: what ``Trainer`` logged, one dict a log, in order. commit: of the source that ran.
     """
-    commit = source_commit()
     card = CARD.format(
         name=options.out.resolve().name,
         base=options.base.resolve().name,

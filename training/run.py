@@ -21,7 +21,7 @@ from gem_vllm.training.adapter_model import AdapterModel, add_adapter
 from gem_vllm.training.batches import TrainBatches
 from gem_vllm.training.dense_model import DenseModel
 from gem_vllm.training.model import GemTrainingModel
-from gem_vllm.training.model_card import write_model_card
+from gem_vllm.training.model_card import source_commit, write_model_card
 from gem_vllm.training.options import TrainOptions, flag
 from gem_vllm.training.trainer import GemTrainer, whole_checkpoints
 from gem_vllm.weights import EMBEDDING, read_tensor, weights_size
@@ -46,6 +46,7 @@ def train(
     KeyboardInterrupt passes through; the last checkpoint is whole in either case.
     """
     _check_processes()
+    commit = source_commit()
     start = _prepare_folders(options, resume=resume, overwrite=overwrite)
     trainer, tokenizer, gem_config = make_trainer(options, progress=progress)
     if start is not None:
@@ -53,6 +54,7 @@ def train(
     try:
         trainer.train(resume_from_checkpoint=None if start is None else str(start))
         _save(trainer, tokenizer, gem_config)
+        write_model_card(options.out, options, trainer.state.log_history, commit)
     except (OSError, RuntimeError, SafetensorError) as error:
         if _is_disk_full(error):
             raise GemError(
@@ -149,7 +151,6 @@ def _save(trainer: GemTrainer, tokenizer, gem_config: GemConfig) -> None:
     if options.mode != "adapter":
         lm = lm.to(read_tensor(options.base, EMBEDDING).dtype)
     save_checkpoint(options.out, lm, tokenizer, gem_config)
-    write_model_card(options.out, options, trainer.state.log_history)
 
 
 def _prepare_folders(options: TrainOptions, *, resume: bool, overwrite: bool) -> Path | None:

@@ -1,0 +1,104 @@
+"""`gem-vllm train` as a user meets it: what is refused, with which words, and exit code 2."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gem_vllm import cli
+from gem_vllm.commands.train import train
+from gem_vllm.training.options import TrainOptions
+
+
+@pytest.fixture
+def run(
+    tiny_base: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Callable[..., tuple[int, str]]:
+    """Run the command with good arguments, changed as told; exit code and standard error."""
+    data = tmp_path / "texts.txt"
+    data.write_text("".join(f"text {i}: the lazy dog of the old stone bridge\n" for i in range(40)))
+
+    def run_command(*extra: str, **changes: str) -> tuple[int, str]:
+        arguments = {
+            "base": str(tiny_base()),
+            "data": str(data),
+            "out": str(tmp_path / "gem"),
+            "steps": "2",
+            "batch-size": "4",
+            **{name.replace("_", "-"): value for name, value in changes.items()},
+        }
+        words = [word for name, value in arguments.items() for word in (f"--{name}", value)]
+        monkeypatch.setattr(sys, "argv", ["gem-vllm", "train", *words, *extra])
+        with pytest.raises(SystemExit) as exit_info:
+            cli.main()
+        return int(exit_info.value.code or 0), capsys.readouterr().err
+
+    return run_command
+
+
+def test_trains(run: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    code, _ = run()
+    assert code == 0
+    assert (tmp_path / "gem" / "gem_adapter" / "adapter_model.safetensors").is_file()
+    code, error = run()
+    assert code == 2
+    assert "not empty" in error
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"base": "nowhere"}, "--base nowhere is not a folder"),
+        ({"data": "nowhere.txt"}, "--data nowhere.txt does not exist"),
+        ({"special_tokens": "0"}, "--special-tokens must be from 1 to 64"),
+        ({"special_tokens": "65"}, "--special-tokens must be from 1 to 64"),
+        ({"steps": "0"}, "--steps must be at least 1"),
+        ({"batch_size": "1"}, "--batch-size must be at least 2"),
+        ({"batch_size": "64"}, "holds 40 texts of at least 8 tokens"),
+        ({"drop_rate": "1.0"}, "--drop-rate must be between 0 and 1"),
+        ({"raw_share": "1.5"}, "--raw-share must be from 0 to 1"),
+        ({"alpha": "-0.1"}, "--alpha must be from 0 to 1"),
+        ({"max_tokens": "9999"}, "over the base's context of 512"),
+        ({"contrastive_learning_rate": "0"}, "--contrastive-learning-rate must be greater than 0"),
+        ({"mode": "adaptor"}, "adaptor"),
+    ],
+)
+def test_bad_input_is_refused_in_a_line(
+    run: Callable[..., tuple[int, str]], tmp_path: Path, changes: dict[str, str], message: str
+) -> None:
+    code, error = run(**changes)
+    assert code == 2
+    assert message in " ".join(error.split())
+    assert not (tmp_path / "gem").exists()
+    assert not list(tmp_path.glob("gem.run/checkpoint-*"))
+
+
+def test_text_field_that_is_not_there(run: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    data = tmp_path / "texts.jsonl"
+    data.write_text('{"body": "a text"}\n')
+    code, error = run(data=str(data))
+    assert code == 2
+    assert "line 1: no field 'text'; choose one by --text-field (here: body)" in error
+
+
+def test_resume_and_overwrite_exclude_each_other(run: Callable[..., tuple[int, str]]) -> None:
+    code, error = run("--resume", "--overwrite")
+    assert code == 2
+    assert "not both" in error
+
+
+def test_defaults_are_those_of_the_options() -> None:
+    fields = {field.name: field.default for field in dataclasses.fields(TrainOptions)}
+    command = inspect.signature(train).parameters
+    assert fields.keys() == command.keys() - {"resume", "overwrite"}
+    for name, default in fields.items():
+        if default is not dataclasses.MISSING:
+            assert command[name].default == default, name

@@ -1,0 +1,91 @@
+"""The order of batches depends on the seed alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gem_vllm.errors import GemError
+from gem_vllm.training.batches import TrainBatches
+from gem_vllm.training.options import TrainOptions
+from tests.tiny import make_tiny_tokenizer
+
+SPECIAL = (900, 901)
+Make = Callable[..., TrainBatches]
+
+
+@pytest.fixture
+def make(texts: Path, tmp_path: Path) -> Make:
+    def make_batches(add_bos: bool = True, **changes: Any) -> TrainBatches:
+        options = TrainOptions(
+            base=tmp_path,
+            data=(str(texts),),
+            out=tmp_path / "out",
+            special_tokens=2,
+            steps=12,
+            batch_size=16,
+        )
+        options = dataclasses.replace(options, **changes)
+        return TrainBatches(options, make_tiny_tokenizer(add_bos=add_bos), SPECIAL)
+
+    return make_batches
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(
+        torch.equal(first[name], second[name]) for name in first
+    )
+
+
+def test_a_later_start_gives_the_same_batches(make: Make) -> None:
+    # 12 steps of 16 texts go through the 80 texts more than twice.
+    whole = list(make())
+    later = make()
+    later.start_step = 7
+    assert all(same(*pair) for pair in zip(whole[7:], later, strict=True))
+    assert not any(same(*pair) for pair in pairwise(whole))
+
+
+def test_another_seed_gives_other_batches(make: Make) -> None:
+    assert not any(same(*pair) for pair in zip(make(), make(seed=1), strict=True))
+
+
+def test_alpha_decides_what_a_batch_holds(make: Make) -> None:
+    batches = list(make(alpha_schedule="linear", alpha_steps=10, raw_share=0.5))
+    contrastive, ntp = {"cl_ids", "cl_lengths"}, {"ntp_ids", "ntp_lengths"}
+    assert batches[0].keys() == {"alpha"} | ntp
+    assert batches[5].keys() == {"alpha"} | ntp | contrastive
+    assert batches[10].keys() == {"alpha"} | contrastive
+
+
+@pytest.mark.parametrize("add_bos", [True, False])
+def test_rows_are_plain_prompts(make: Make, add_bos: bool) -> None:
+    batches = make(add_bos=add_bos, max_tokens=20)
+    bos = batches.tokenizer.bos_token_id
+    for batch in batches:
+        assert batch["cl_ids"].shape[0] == 32
+        assert (batch["cl_ids"][:, 0] == bos).all() == add_bos
+        assert batch["cl_lengths"].max() <= 20 - len(SPECIAL)
+        assert not torch.isin(batch["cl_ids"], torch.tensor(SPECIAL)).any()
+
+
+def test_mix_takes_turns(make: Make, texts: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("the lazy dog of the old stone bridge\n" * 40)
+    batches = make(add_bos=False, positives="mix", data=(str(texts), str(other)), drop_rate=0.5)
+    for step, batch in enumerate(batches):
+        anchors = {tuple(row) for row in batch["cl_ids"][:16].tolist()}
+        assert (len(anchors) == 1) == (step % 2 == 1), "dropout has the one text of the other file"
+
+
+def test_too_few_texts_are_refused(make: Make, tmp_path: Path) -> None:
+    few = tmp_path / "few.txt"
+    few.write_text("a\n" * 50 + "the lazy dog of the old stone bridge\n" * 3)
+    with pytest.raises(GemError, match="holds 3 texts of at least 8 tokens"):
+        make(data=(str(few),)).check()

@@ -1,0 +1,108 @@
+"""Reading text: forms, streams, and what is said about files that cannot be read."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gem_vllm.errors import GemError
+from gem_vllm.training.data import TextSource, shuffled
+
+LINES = ["one text", "another, with an accent: é", "a third"]
+
+
+def write(path: Path, content: str) -> str:
+    data = content.encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return str(path)
+
+
+def as_jsonl(lines: list[str], field: str = "text") -> str:
+    return "".join(json.dumps({field: line, "other": 1}) + "\n" for line in lines)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl", "a.jsonl.gz"])
+def test_every_form_gives_the_same_texts(tmp_path: Path, name: str) -> None:
+    content = as_jsonl(LINES) if "jsonl" in name else "\n".join([LINES[0], "", *LINES[1:]])
+    source = TextSource(write(tmp_path / name, content))
+    source.check()
+    assert list(source) == LINES
+    assert list(source) == LINES, "a source can be read again"
+
+
+def test_field_is_named(tmp_path: Path) -> None:
+    spec = write(tmp_path / "a.jsonl", as_jsonl(LINES, "body"))
+    assert list(TextSource(spec, "body")) == LINES
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", as_jsonl(LINES[:1], "body"), r"line 1: no field 'text'; .*--text-field .*body"),
+        ("a.jsonl", as_jsonl(LINES[:1]) + "{oops\n", "line 2: not a JSON object"),
+        ("a.jsonl", "[1]\n", "line 1: expected a JSON object"),
+        ("a.jsonl", '{"text": 3}\n', "line 1: field 'text' is not text"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path: Path, name: str, content: str, message: str) -> None:
+    with pytest.raises(GemError, match=message):
+        list(TextSource(write(tmp_path / name, content)))
+
+
+def make_missing(folder: Path) -> str:
+    return str(folder / "missing.txt")
+
+
+def make_empty(folder: Path) -> str:
+    return write(folder / "a.txt", "\n\n")
+
+
+def make_parquet(folder: Path) -> str:
+    return write(folder / "a.parquet", "x")
+
+
+def make_truncated(folder: Path) -> str:
+    path = folder / "a.txt.gz"
+    path.write_bytes(gzip.compress(random.Random(0).randbytes(99).hex().encode())[:50])
+    return str(path)
+
+
+def make_latin(folder: Path) -> str:
+    path = folder / "a.txt"
+    path.write_bytes(b"caf\xe9\n")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (make_missing, "does not exist"),
+        (str, "is a folder"),
+        (make_empty, "holds no text"),
+        (make_parquet, "cannot read this"),
+        (make_truncated, "cannot be read"),
+        (make_latin, "not UTF-8"),
+    ],
+)
+def test_bad_files_are_refused(tmp_path: Path, make: Callable[[Path], str], message: str) -> None:
+    with pytest.raises(GemError, match=message):
+        TextSource(make(tmp_path)).check()
+
+
+def test_shuffle_holds_no_more_than_its_buffer() -> None:
+    read = 0
+
+    def texts():
+        nonlocal read
+        for read in range(1000):
+            yield str(read)
+
+    stream = shuffled(texts(), random.Random(0), buffer_size=10)
+    first = [next(stream) for _ in range(5)]
+    assert read <= 15
+    assert sorted([*first, *stream], key=int) == [str(i) for i in range(1000)]

@@ -1,0 +1,229 @@
+"""The training forwards against the oracle: one pass under one dense mask, one text at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gem_vllm.checkpoint import add_special_tokens, load_base, save_checkpoint
+from gem_vllm.config import GemConfig
+from gem_vllm.reference import ReferenceEmbedder
+from gem_vllm.training.adapter_model import AdapterModel, add_adapter, special_rows
+from gem_vllm.training.dense_model import DenseModel
+from gem_vllm.training.losses import pool
+from gem_vllm.training.model import GemTrainingModel
+from gem_vllm.training.sequences import IGNORE, next_token_targets, pad
+from tests.tiny import FAMILIES
+
+K = 3
+TEXT_LENGTHS = (5, 31, 1, 18, 12)
+
+
+def make_model(base: Path, kind: type[GemTrainingModel], pooling: str = "mean") -> Any:
+    model, tokenizer = load_base(base, dtype=torch.float32)
+    ids = add_special_tokens(model, tokenizer, K)
+    lm: Any = model
+    if kind is AdapterModel:
+        lm = add_adapter(model, ids, rank=4, alpha=8)
+        random = torch.Generator().manual_seed(5)
+        for name, parameter in lm.named_parameters():
+            if "lora_B" in name:
+                parameter.data.normal_(0, 0.1, generator=random)
+    return kind(lm, ids, pooling, symmetric=False), tokenizer
+
+
+def make_oracle(model: GemTrainingModel, tokenizer: Any, folder: Path) -> ReferenceEmbedder:
+    mode = "adapter" if isinstance(model, AdapterModel) else "full"
+    save_checkpoint(folder, model.lm, tokenizer, GemConfig(model.special_ids, "mean", mode, "tiny"))
+    return ReferenceEmbedder(folder)
+
+
+def random_texts(lengths: tuple[int, ...] = TEXT_LENGTHS) -> list[list[int]]:
+    random = torch.Generator().manual_seed(9)
+    return [torch.randint(5, 400, (n,), generator=random).tolist() for n in lengths]
+
+
+def oracle_states(oracle: ReferenceEmbedder, row: list[int]) -> torch.Tensor:
+    """[T, hidden], with gradients."""
+    inputs = oracle._inputs(row)
+    return oracle.model.base_model(**inputs, use_cache=False).last_hidden_state[0]
+
+
+def oracle_ntp_loss(oracle: ReferenceEmbedder, rows: list[list[int]]) -> torch.Tensor:
+    """Of the tokens behind a run, and of all tokens in rows without one: summed, then averaged."""
+    special, losses = oracle._special_ids, []
+    for row in rows:
+        hidden = oracle_states(oracle, row)
+        logits = oracle.model.get_output_embeddings()(hidden)
+        softcap = getattr(oracle.model.config, "final_logit_softcapping", None)
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        never = torch.zeros(logits.shape[-1], dtype=torch.bool)
+        never[special] = True
+        log_p = F.log_softmax(logits.masked_fill(never, -torch.inf), dim=-1)
+        first = row.index(special[0]) if special[0] in row else None
+        for i, label in enumerate(row[1:]):
+            if label not in special and (first is None or i >= first):
+                losses.append(-log_p[i, label])
+    return torch.stack(losses).mean()
+
+
+def special_rows_gradient(oracle: ReferenceEmbedder) -> torch.Tensor:
+    gradient = oracle.model.get_input_embeddings().weight.grad
+    assert gradient is not None
+    return gradient[oracle._special_ids]
+
+
+def assert_same_adapter_gradients(model: AdapterModel, oracle: ReferenceEmbedder) -> None:
+    expected = {
+        name: parameter.grad
+        for name, parameter in oracle.model.named_parameters()
+        if "lora_" in name
+    }
+    found = {
+        name: parameter.grad for name, parameter in model.base.named_parameters() if "lora_" in name
+    }
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert_near(found[name], gradient, name)
+    assert_near(special_rows(model.lm).grad, special_rows_gradient(oracle), "special rows")
+
+
+def assert_near(found: torch.Tensor | None, expected: torch.Tensor | None, name: str) -> None:
+    assert found is not None
+    assert expected is not None
+    assert expected.norm() > 0, name
+    assert (found - expected).norm() < 1e-4 * expected.norm(), name
+
+
+def with_gradients(oracle: ReferenceEmbedder) -> ReferenceEmbedder:
+    for name, parameter in oracle.model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    oracle.model.get_input_embeddings().weight.requires_grad_(True)
+    return oracle
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapter_embeds_as_the_reference_does(
+    tiny_base: Callable[..., Path], tmp_path: Path, family: str
+) -> None:
+    model, tokenizer = make_model(tiny_base(family), AdapterModel)
+    oracle = make_oracle(model, tokenizer, tmp_path / "gem")
+    texts = random_texts()
+    with torch.no_grad():
+        found = pool(model.special_states(*pad(texts)), "mean")
+    torch.testing.assert_close(found, oracle.embed(texts), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapter_gradients_are_the_single_pass_ones(
+    tiny_base: Callable[..., Path], tmp_path: Path, family: str
+) -> None:
+    model, tokenizer = make_model(tiny_base(family), AdapterModel)
+    oracle = with_gradients(make_oracle(model, tokenizer, tmp_path / "gem"))
+    texts, special = random_texts(), list(model.special_ids)
+    direction = torch.randn(K, 64, generator=torch.Generator().manual_seed(1))
+    (model.special_states(*pad(texts)) * direction).sum().backward()
+    for text in texts:
+        (oracle_states(oracle, text + special)[-K:] * direction).sum().backward()
+    assert_same_adapter_gradients(model, oracle)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapter_ntp_loss_and_gradients_are_the_single_pass_ones(
+    tiny_base: Callable[..., Path], tmp_path: Path, family: str
+) -> None:
+    model, tokenizer = make_model(tiny_base(family), AdapterModel)
+    oracle = with_gradients(make_oracle(model, tokenizer, tmp_path / "gem"))
+    special, texts = list(model.special_ids), random_texts()
+    rows = [[*text, *special, *reversed(text)] for text in texts]
+    raw = random_texts((40,))
+    found = model.ntp_loss(*pad([*rows[:2], *raw, *rows[2:]]))
+    expected = oracle_ntp_loss(oracle, rows)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    found.backward()
+    expected.backward()
+    assert_same_adapter_gradients(model, oracle)
+
+
+def test_raw_text_alone_gives_the_adapter_nothing_to_learn(
+    tiny_base: Callable[..., Path],
+) -> None:
+    model, _ = make_model(tiny_base(), AdapterModel)
+    assert model.ntp_loss(*pad(random_texts())).item() == 0.0
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_dense_forward_is_the_reference(
+    tiny_base: Callable[..., Path], tmp_path: Path, family: str
+) -> None:
+    model, tokenizer = make_model(tiny_base(family), DenseModel)
+    oracle = make_oracle(model, tokenizer, tmp_path / "gem")
+    texts, special = random_texts(), list(model.special_ids)
+    with torch.no_grad():
+        found = pool(model.special_states(*pad(texts)), "mean")
+        torch.testing.assert_close(found, oracle.embed(texts), rtol=1e-4, atol=1e-5)
+        rows = [[*text, *special, *reversed(text)] for text in texts]
+        token_ids, lengths = pad(rows)
+        targets = next_token_targets(token_ids, lengths, special)
+        hidden, computed = model.ordinary_states(token_ids, lengths, targets != IGNORE)
+        expected = torch.cat(
+            [
+                oracle.hidden_states(row)[mask[: len(row)]]
+                for row, mask in zip(rows, computed, strict=True)
+            ]
+        )
+        torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_reach_what_is_trained_and_nothing_else(tiny_base: Callable[..., Path]) -> None:
+    model, _ = make_model(tiny_base(), AdapterModel)
+    texts, special = random_texts((9, 8, 12, 20)), list(model.special_ids)
+    cl_ids, cl_lengths = pad(texts)
+    ntp_ids, ntp_lengths = pad([[*text, *special, *text] for text in texts])
+    model(torch.tensor(0.5), cl_ids, cl_lengths, ntp_ids, ntp_lengths)["loss"].backward()
+    reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert reached == model.state_dict().keys()
+    assert all(
+        name == "log_temperature" or "lora_" in name or "trainable_tokens_delta" in name
+        for name in reached
+    )
+    trained_linears = {name.split(".lora_")[0] for name in reached if "lora_" in name}
+    assert len(trained_linears) == 2 * 7, "all linear layers of both layers, not the head"
+
+
+def test_contrastive_phase_computes_no_suffix_and_no_logits(
+    tiny_base: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = make_model(tiny_base(), AdapterModel)
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("computed in the contrastive phase")
+
+    monkeypatch.setattr(model, "_suffix_pass", refuse)
+    monkeypatch.setattr(model, "logits", refuse)
+    losses = model(torch.tensor(1.0), *pad(random_texts((9, 8, 12, 20))))
+    assert losses.keys() == {"loss", "loss_cl"}
+
+
+def test_nothing_is_kept_for_a_backward_pass_through_the_prefix(
+    tiny_base: Callable[..., Path],
+) -> None:
+    model, _ = make_model(tiny_base(), AdapterModel)
+    cache = model.prefix_pass(*pad(random_texts()))
+    assert not any(layer.keys.requires_grad or layer.values.requires_grad for layer in cache.layers)
+
+
+def test_state_is_what_is_trained(tiny_base: Callable[..., Path]) -> None:
+    model, _ = make_model(tiny_base(), AdapterModel)
+    other, _ = make_model(tiny_base(), AdapterModel)
+    state = {name: value + 1 for name, value in model.state_dict().items()}
+    other.load_state_dict(state)
+    assert all(torch.equal(other.state_dict()[name], value) for name, value in state.items())
+    with pytest.raises(ValueError, match="other parameters"):
+        other.load_state_dict({})

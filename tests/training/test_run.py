@@ -1,0 +1,222 @@
+"""Whole runs on a tiny base: losses, resuming, what is written, what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from gem_vllm.adapter import apply_adapter, extract_adapter
+from gem_vllm.config import GemConfig
+from gem_vllm.errors import GemError
+from gem_vllm.reference import ReferenceEmbedder
+from gem_vllm.training.options import TrainOptions
+from gem_vllm.training.run import train
+from gem_vllm.training.trainer import WHOLE, GemTrainer, whole_checkpoints
+from gem_vllm.weights import EMBEDDING
+
+# Losses of `options` below; a change of the trainer that moves them changes what is trained.
+GOLDEN = {
+    "adapter loss_ntp": [7.00445, 7.2094, 7.24783, 6.9745, 7.07193, 7.20203],
+    "adapter loss_cl": [0.05986, 0.34543, 0.51112, 0.10336, 0.3571, 0.06407],
+    "full loss_ntp": [7.05131, 7.19791, 7.07607, 6.88477, 6.95788, 7.03466],
+    "full loss_cl": [0.05986, 0.29367, 0.56728, 0.17539, 0.45489, 0.07165],
+    "lora loss_ntp": [7.05131, 7.22494, 7.13619, 7.0225, 7.06831, 7.17315],
+    "lora loss_cl": [0.05986, 0.32018, 0.56715, 0.1494, 0.39833, 0.05845],
+}
+
+
+@pytest.fixture
+def options(tiny_base: Callable[..., Path], texts: Path, tmp_path: Path) -> TrainOptions:
+    """Six steps that go through both phases' losses at once (alpha 0.5)."""
+    return TrainOptions(
+        base=tiny_base(),
+        data=(str(texts),),
+        out=tmp_path / "gem",
+        special_tokens=2,
+        steps=6,
+        batch_size=8,
+        alpha_schedule="constant",
+        alpha=0.5,
+        lora_rank=4,
+        lora_alpha=8,
+        save_every=2,
+        dtype="float32",
+    )
+
+
+def losses(options: TrainOptions) -> dict[str, list[float]]:
+    """The losses that the run logged for TensorBoard, by name, a value a step."""
+    by_step: dict[str, dict[int, float]] = {}
+    for folder in sorted((options.run_folder / "runs").iterdir()):
+        events = EventAccumulator(str(folder))
+        events.Reload()
+        for name in ("loss_ntp", "loss_cl"):
+            if f"train/{name}" in events.Tags()["scalars"]:
+                for event in events.Scalars(f"train/{name}"):
+                    by_step.setdefault(name, {})[event.step] = event.value
+    return {name: [values[step] for step in sorted(values)] for name, values in by_step.items()}
+
+
+@pytest.mark.parametrize("mode", ["adapter", "full", "lora"])
+def test_golden_losses(options: TrainOptions, mode: Any) -> None:
+    options = dataclasses.replace(
+        options,
+        mode=mode,
+        raw_share=0.0 if mode == "adapter" else 0.5,
+        contrastive_learning_rate=1e-3,
+        ntp_learning_rate=1e-3,
+    )
+    train(options, progress=False)
+    found = losses(options)
+    for name in ("loss_ntp", "loss_cl"):
+        assert found[name] == pytest.approx(GOLDEN[f"{mode} {name}"], abs=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["adapter", "full", "lora"])
+def test_result_is_a_checkpoint_of_its_mode(options: TrainOptions, mode: Any) -> None:
+    options = dataclasses.replace(options, mode=mode, pooling="concat", steps=2)
+    assert train(options, progress=False) == options.out
+    config = GemConfig.from_pretrained(options.out)
+    assert (config.k, config.pooling, config.train_mode) == (2, "concat", mode)
+    embeddings = ReferenceEmbedder(options.out).embed(["bread and water", "an old map"])
+    assert embeddings.shape == (2, 128)
+    assert torch.isfinite(embeddings).all()
+
+    base = load_file(options.base / "model.safetensors")
+    result = load_file(options.out / "model.safetensors")
+    rows = len(base[EMBEDDING])
+    result[EMBEDDING] = result[EMBEDDING][:rows]
+    same = {name for name in base if torch.equal(base[name], result[name])}
+    if mode == "adapter":
+        assert same == base.keys(), "the frozen base, bit for bit"
+    elif mode == "lora":
+        assert same == {name for name in base if "norm" in name or name == EMBEDDING}
+    else:
+        assert not same
+    assert not list(options.run_folder.glob("checkpoint-*"))
+
+
+def test_adapter_comes_apart_and_together(options: TrainOptions, tmp_path: Path) -> None:
+    train(options, progress=False)
+    extract_adapter(options.out, tmp_path / "adapter")
+    apply_adapter(options.base, tmp_path / "adapter", tmp_path / "again")
+    assert (tmp_path / "again" / "README.md").read_text() == (options.out / "README.md").read_text()
+    texts = ["bread and water", "an old map"]
+    first, second = (ReferenceEmbedder(f).embed(texts) for f in (options.out, tmp_path / "again"))
+    assert torch.equal(first, second)
+
+
+def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    compute_loss = GemTrainer.compute_loss
+
+    def interrupted(self: GemTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.state.global_step == step:
+            raise error
+        return compute_loss(self, *args, **kwargs)
+
+    monkeypatch.setattr(GemTrainer, "compute_loss", interrupted)
+
+
+@pytest.mark.parametrize("mode", ["adapter", "full", "lora"])
+def test_resuming_gives_the_losses_of_an_uninterrupted_run(
+    options: TrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: Any
+) -> None:
+    options = dataclasses.replace(options, mode=mode)
+    whole = dataclasses.replace(options, out=tmp_path / "whole")
+    train(whole, progress=False)
+    with monkeypatch.context() as patch:
+        interrupt_at(3, patch, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            train(options, progress=False)
+    assert not options.out.exists()
+    partial = options.run_folder / "checkpoint-3"
+    partial.mkdir()
+    (partial / "model.safetensors").write_bytes(b"half a file")
+
+    train(options, resume=True, progress=False)
+    assert losses(options) == losses(whole)
+    result, expected = (load_file(o.out / "model.safetensors") for o in (options, whole))
+    assert all(torch.equal(result[name], expected[name]) for name in expected)
+
+
+def test_checkpoints_of_an_adapter_hold_no_base(
+    options: TrainOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt_at(5, monkeypatch, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        train(options, progress=False)
+    checkpoints = whole_checkpoints(options.run_folder)
+    assert [folder.name for folder in checkpoints] == ["checkpoint-2", "checkpoint-4"]
+    state = load_file(checkpoints[-1] / "model.safetensors")
+    assert not any(re.search(r"base_layer|norm|lm_head", name) for name in state)
+    damaged = checkpoints[-1] / "optimizer.pt"
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    (checkpoints[0] / WHOLE).unlink()
+    assert not whole_checkpoints(options.run_folder)
+
+
+def test_full_disk_is_said_and_survived(
+    options: TrainOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupt_at(3, patch, OSError(28, "No space left on device"))
+        with pytest.raises(GemError, match=r"disk of .* is full; .* --resume"):
+            train(options, progress=False)
+    train(options, resume=True, progress=False)
+    assert len(losses(options)["loss_cl"]) == options.steps
+
+
+def test_diverging_is_said(options: TrainOptions) -> None:
+    options = dataclasses.replace(options, contrastive_learning_rate=1e18, warmup_share=0.0)
+    with pytest.raises(GemError, match=r"loss is not finite at step \d"):
+        train(options, progress=False)
+
+
+def test_model_card(options: TrainOptions) -> None:
+    train(options, progress=False)
+    card = (options.out / "README.md").read_text()
+    assert "base_model: base\n" in card
+    assert "texts.txt" in card
+    assert re.search(r"Next-token loss \| \d+\.\d+ at first, \d+\.\d+ in the end", card)
+    assert re.search(r"Contrastive loss \| \d+\.\d+ at first", card)
+    command = " ".join(re.search(r"```\n(.*?)\n```", card, re.S)[1].split())
+    assert command.startswith(
+        "gem-vllm train --base base --data texts.txt --out gem --mode adapter"
+    )
+    assert "--alpha 0.5" in command
+    assert str(options.base.parent) not in card
+
+
+def test_an_earlier_result_is_not_lost_by_mistake(options: TrainOptions) -> None:
+    train(options, progress=False)
+    with pytest.raises(GemError, match="not empty; continue its run with --resume"):
+        train(options, progress=False)
+    shorter = dataclasses.replace(options, steps=3)
+    with pytest.raises(GemError, match="these differ: --steps"):
+        train(shorter, resume=True, progress=False)
+    train(shorter, overwrite=True, progress=False)
+    assert len(losses(shorter)["loss_cl"]) == 3
+
+
+def test_what_is_no_result_of_ours_is_never_overwritten(options: TrainOptions) -> None:
+    options.out.mkdir()
+    (options.out / "thesis.tex").touch()
+    with pytest.raises(GemError, match="holds something else"):
+        train(options, overwrite=True, progress=False)
+    assert (options.out / "thesis.tex").exists()
+
+
+def test_options_are_recorded(options: TrainOptions) -> None:
+    train(options, progress=False)
+    recorded = json.loads((options.run_folder / "options.json").read_text())
+    assert options.difference(recorded) == []
+    assert options.difference(recorded | {"seed": 9, "save_every": 1}) == ["seed"]

@@ -1,0 +1,106 @@
+"""Positives, mixed sequences, and the loss mask."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+
+from gem_vllm.training.positives import (
+    MAX_SPAN_TOKENS,
+    MIN_SPAN_TOKENS,
+    dropout_pair,
+    span_pair,
+)
+from gem_vllm.training.sequences import (
+    IGNORE,
+    Template,
+    mixed_sequence,
+    next_token_targets,
+    pad,
+)
+
+SPECIAL = (90, 91, 92)
+BOS = Template((1,), ())
+
+
+def test_dropout_drops_its_share_and_keeps_the_order() -> None:
+    content = list(range(10_000))
+    anchor, positive = dropout_pair(content, 0.3, random.Random(0))
+    assert anchor == content
+    assert positive == sorted(set(positive))
+    assert 0.68 < len(positive) / len(content) < 0.72
+
+
+def test_dropout_leaves_one_token_at_least() -> None:
+    rng = random.Random(0)
+    assert all(len(dropout_pair([5, 6], 0.99, rng)[1]) >= 1 for _ in range(200))
+
+
+def test_spans_are_of_the_text_and_of_all_lengths() -> None:
+    rng, content = random.Random(0), list(range(300))
+    spans = [span for _ in range(2000) for span in span_pair(content, rng)]
+    assert all(span == list(range(span[0], span[0] + len(span))) for span in spans)
+    assert {len(span) for span in spans} == set(range(MIN_SPAN_TOKENS, MAX_SPAN_TOKENS + 1))
+    assert len(span_pair([1, 2, 3], rng)[0]) == 3, "a short text is its own span"
+
+
+def rows(raw_share: float, reconstruction_share: float, max_tokens: int = 40) -> list[list[int]]:
+    rng = random.Random(0)
+    return [
+        mixed_sequence(
+            list(range(10, 10 + rng.randint(8, 40))),
+            SPECIAL,
+            BOS,
+            raw_share=raw_share,
+            reconstruction_share=reconstruction_share,
+            max_tokens=max_tokens,
+            rng=rng,
+        )
+        for _ in range(500)
+    ]
+
+
+def test_shares_of_the_mix() -> None:
+    mixed = rows(0.8, 0.5)
+    special = [row for row in mixed if SPECIAL[0] in row]
+    assert 0.15 < len(special) / len(mixed) < 0.25
+    repeated = [row for row in special if row.count(10) == 2]
+    assert 0.35 < len(repeated) / len(special) < 0.65
+
+
+def test_every_sequence_is_well_formed() -> None:
+    for row in rows(0.3, 0.5):
+        assert row[0] == 1
+        assert len(row) <= 40
+        if SPECIAL[0] in row:
+            at = row.index(SPECIAL[0])
+            assert tuple(row[at : at + 3]) == SPECIAL
+            prefix, suffix = row[1:at], row[at + 3 :]
+            assert prefix
+            assert suffix
+            whole = prefix == suffix or prefix + suffix == list(
+                range(10, 10 + len(prefix + suffix))
+            )
+            assert whole
+        else:
+            assert row == [1, *range(10, 9 + len(row))]
+
+
+def test_padding_and_loss_mask() -> None:
+    token_ids, lengths = pad([[1, 10, 11, *SPECIAL, 12, 13], [1, 20, 21]])
+    assert lengths.tolist() == [8, 3]
+    x = IGNORE
+    assert next_token_targets(token_ids, lengths, SPECIAL).tolist() == [
+        # Of the run, the last alone predicts: where the suffix starts.
+        [10, 11, x, x, x, 12, 13, x],
+        [20, 21, x, x, x, x, x, x],
+    ]
+
+
+def test_no_special_token_is_ever_a_target() -> None:
+    token_ids, lengths = pad(rows(0.2, 0.5))
+    targets = next_token_targets(token_ids, lengths, SPECIAL)
+    assert not torch.isin(targets, torch.tensor(SPECIAL)).any()
+    special = torch.isin(token_ids, torch.tensor(SPECIAL))
+    assert (targets[special] != IGNORE).sum() == (token_ids == SPECIAL[-1]).sum()
