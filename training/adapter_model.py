@@ -19,6 +19,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
+from gem_vllm.training.attention import grouped
 from gem_vllm.training.masks import layer_masks, special_mask, suffix_mask
 from gem_vllm.training.model import GemTrainingModel
 
@@ -39,6 +40,10 @@ class AdapterModel(GemTrainingModel):
     ) -> None:
         super().__init__(lm, special_ids, pooling, symmetric=symmetric)
         self.k = len(special_ids)
+
+    def train(self, mode: bool = True) -> AdapterModel:
+        """The base computes as it does in use, without dropout; so does the LoRA."""
+        return super().train(False)
 
     def special_states(self, token_ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         hidden, _ = self._special_pass(token_ids, lengths)
@@ -108,17 +113,18 @@ class AdapterModel(GemTrainingModel):
         scale = getattr(self._embedding.base_layer, "embed_scale", None)
         embeds = rows if scale is None else rows * scale
         embeds = embeds.to(self._embedding.base_layer.weight.dtype)
-        output = self._decoder(
-            inputs_embeds=embeds.expand(len(prefix_ids), -1, -1),
-            attention_mask=layer_masks(
-                self.config,
-                embeds.dtype,
-                lambda window: special_mask(lengths, prefix_ids.shape[1], self.k, window),
-            ),
-            position_ids=lengths[:, None] + offsets,
-            past_key_values=cache,
-            use_cache=True,
-        )
+        with grouped(self.base):
+            output = self._decoder(
+                inputs_embeds=embeds.expand(len(prefix_ids), -1, -1),
+                attention_mask=layer_masks(
+                    self.config,
+                    embeds.dtype,
+                    lambda window: special_mask(lengths, prefix_ids.shape[1], self.k, window),
+                ),
+                position_ids=lengths[:, None] + offsets,
+                past_key_values=cache,
+                use_cache=True,
+            )
         return output.last_hidden_state, cache
 
     def _suffix_pass(

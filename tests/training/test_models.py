@@ -219,6 +219,13 @@ def test_nothing_is_kept_for_a_backward_pass_through_the_prefix(
     assert not any(layer.keys.requires_grad or layer.values.requires_grad for layer in cache.layers)
 
 
+def test_a_base_with_dropout_is_computed_without(tiny_base: Callable[..., Path]) -> None:
+    model, _ = make_model(tiny_base("llama", attention_dropout=0.5), AdapterModel)
+    model.train()
+    texts = pad(random_texts())
+    assert torch.equal(model.special_states(*texts), model.special_states(*texts))
+
+
 def test_state_is_what_is_trained(tiny_base: Callable[..., Path]) -> None:
     model, _ = make_model(tiny_base(), AdapterModel)
     other, _ = make_model(tiny_base(), AdapterModel)
