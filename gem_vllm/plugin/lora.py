@@ -104,9 +104,7 @@ def attach_adapter(
         if not isinstance(layer, LinearBase):
             continue
         parent, _, leaf = name.rpartition(".")
-        shards = [
-            pairs.pop(f"{parent}.{part}", None) for part in packed_modules.get(leaf, [leaf])
-        ]
+        shards = [pairs.pop(f"{parent}.{part}", None) for part in packed_modules.get(leaf, [leaf])]
         if any(pair is not None for pair in shards):
             lora_a, lora_b = _pack(layer, shards, scale)
             device = layer.weight.device
@@ -150,7 +148,7 @@ def _pack(
     shards: list[tuple[torch.Tensor, torch.Tensor] | None],
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """This rank's A [R, in] and scaled block-diagonal B [out, R], R the sum of the shards' ranks."""
+    """This rank's A [R, in] and scaled block-diagonal B [out, R]; R is the sum of the ranks."""
     ranks = [0 if pair is None else pair[0].shape[0] for pair in shards]
     total = sum(ranks)
     lora_a = torch.cat([pair[0] for pair in shards if pair is not None])
@@ -158,12 +156,12 @@ def _pack(
         (pair,) = shards
         assert pair is not None
         sharded_a = nn.Parameter(torch.zeros(total, layer.input_size_per_partition))
-        sharded_a.input_dim = 1  # type: ignore[attr-defined]
+        sharded_a.input_dim = 1
         layer.weight_loader(sharded_a, lora_a)
         return sharded_a.data, pair[1] * scale
 
     sharded_b = nn.Parameter(torch.zeros(layer.output_size_per_partition, total))
-    sharded_b.output_dim = 0  # type: ignore[attr-defined]
+    sharded_b.output_dim = 0
     for i, pair in enumerate(shards):
         if pair is None:
             continue

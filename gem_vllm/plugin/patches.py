@@ -54,9 +54,7 @@ def _expect(condition: bool, patch: str, what: str) -> None:
 def _expect_parameters(function: Callable[..., Any], patch: str, *names: str) -> None:
     parameters = inspect.signature(function).parameters
     missing = [name for name in names if name not in parameters]
-    _expect(
-        not missing, patch, f"{function.__qualname__} has no parameter {', '.join(missing)}"
-    )
+    _expect(not missing, patch, f"{function.__qualname__} has no parameter {', '.join(missing)}")
 
 
 def _patch_config_hook() -> None:
@@ -85,7 +83,7 @@ def _patch_offline_pooling() -> None:
         if gem_config_of(self.model_config) is not None:
             self.runner_type = "pooling"
 
-    PoolingOfflineMixin.__init__ = __init__  # type: ignore[method-assign]
+    PoolingOfflineMixin.__init__ = __init__
 
 
 def _patch_room_for_special_tokens() -> None:
@@ -105,7 +103,7 @@ def _patch_room_for_special_tokens() -> None:
                 render_params = {**render_params, "tok_params": tok_params}
         return original(self, render_params)
 
-    PoolingIOProcessor.render = render  # type: ignore[method-assign]
+    PoolingIOProcessor.render = render
 
 
 def _patch_reserved_token_ids() -> None:
@@ -122,7 +120,7 @@ def _patch_reserved_token_ids() -> None:
             check_request(request, gem_config, self.model_config.max_model_len)
         return request
 
-    InputProcessor.process_inputs = process_inputs  # type: ignore[method-assign]
+    InputProcessor.process_inputs = process_inputs
 
 
 def check_request(request: Any, gem_config: GemConfig, max_model_len: int) -> None:
@@ -156,8 +154,10 @@ def check_request(request: Any, gem_config: GemConfig, max_model_len: int) -> No
             "truncate_prompt_tokens."
         )
     params = request.sampling_params
-    if params is not None and params.allowed_token_ids and special.issuperset(
-        params.allowed_token_ids
+    if (
+        params is not None
+        and params.allowed_token_ids
+        and special.issuperset(params.allowed_token_ids)
     ):
         raise VLLMValidationError(
             "allowed_token_ids names GEM special tokens only, which are never generated."

@@ -41,9 +41,7 @@ class GemModelRunner(_Runner):
     @staticmethod
     def enable(runner: Any, gem_config: GemConfig) -> None:
         """Make `runner`, fresh from vLLM's worker, serve embedding requests too."""
-        runner.__class__ = type(
-            f"Gem{type(runner).__name__}", (GemModelRunner, type(runner)), {}
-        )
+        runner.__class__ = type(f"Gem{type(runner).__name__}", (GemModelRunner, type(runner)), {})
         runner.gem_config = gem_config
         runner._gem_step = None
         runner._special_states = {}
@@ -106,7 +104,7 @@ class GemModelRunner(_Runner):
         if embeddings:
             result = output
             if isinstance(output, AsyncModelRunnerOutput):
-                result = output._model_runner_output  # type: ignore[attr-defined]
+                result = output._model_runner_output
             assert isinstance(result, ModelRunnerOutput)
             result.pooler_output = [embeddings.get(request_id) for request_id in result.req_ids]
         return output

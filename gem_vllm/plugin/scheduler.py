@@ -31,9 +31,7 @@ class GemScheduler(AsyncScheduler):
     def add_request(self, request: Request) -> None:
         """Queue `request`; the k special tokens go behind an embedding request's prompt."""
         if request.pooling_params is not None:
-            append_special_tokens(
-                request, self.gem_config.special_token_ids, self.hash_block_size
-            )
+            append_special_tokens(request, self.gem_config.special_token_ids, self.hash_block_size)
         super().add_request(request)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:

@@ -10,16 +10,15 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
-from tests.tiny import make_tiny_checkpoint
 from vllm import LLM, PoolingParams, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.sampling_params import RequestOutputKind
 
 EMBED = PoolingParams(task="embed")
 
@@ -44,21 +43,6 @@ def running_engine(folder: Path | str, **options: Any) -> Iterator[LLM]:
         gc.collect()
 
 
-@pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`tiny_checkpoint("llama", k=4)` makes a tiny GEM checkpoint once."""
-    made: dict[tuple[Any, ...], Path] = {}
-
-    def make(family: str, **options: Any) -> Path:
-        key = (family, *sorted(options.items()))
-        if key not in made:
-            folder = tmp_path_factory.mktemp(family) / "checkpoint"
-            made[key] = make_tiny_checkpoint(family, folder, **options)
-        return made[key]
-
-    return make
-
-
 def embed(llm: LLM, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
     """float32 [n, d]: the engine's embeddings of prompts given as token ids."""
     outputs = llm.embed([{"prompt_token_ids": list(ids)} for ids in prompts], use_tqdm=False)
@@ -68,9 +52,11 @@ def embed(llm: LLM, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
 def run_together(
     llm: LLM, requests: dict[str, tuple[Sequence[int], SamplingParams | PoolingParams]]
 ) -> dict[str, Any]:
-    """Add all requests, named by their keys, then step until all are done; the last output each."""
+    """Add all requests, named by their keys, then step until all are done; their final outputs."""
     engine = llm.llm_engine
     for name, (prompt, params) in requests.items():
+        params = params.clone()
+        params.output_kind = RequestOutputKind.FINAL_ONLY
         engine.add_request(name, {"prompt_token_ids": list(prompt)}, params)
     outputs = {}
     while engine.has_unfinished_requests():

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from vllm import SamplingParams
+
+from gem_vllm.reference import ReferenceEmbedder
 from tests.plugin.conftest import (
     EMBED,
     cosines,
@@ -17,9 +21,6 @@ from tests.plugin.conftest import (
     step_counts,
 )
 from tests.tiny import FAMILIES
-from vllm import SamplingParams
-
-from gem_vllm.reference import ReferenceEmbedder
 
 LIMIT = 256
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
@@ -148,6 +149,15 @@ def test_preempted_embeddings_come_out_right(tiny_checkpoint: Callable[..., Path
     long = SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True)
     chats = random_prompts([100, 110, 120, 90], seed=3)
     with running_engine(folder, max_model_len=512, num_gpu_blocks_override=8) as llm:
+        scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+        preempted: list[str] = []
+        preempt = scheduler._preempt_request
+
+        def count(request: Any, *args: Any, **kwargs: Any) -> Any:
+            preempted.append(request.request_id)
+            return preempt(request, *args, **kwargs)
+
+        scheduler._preempt_request = count
         outputs = run_together(
             llm,
             {f"chat-{i}": (chat, long) for i, chat in enumerate(chats)}
@@ -156,3 +166,4 @@ def test_preempted_embeddings_come_out_right(tiny_checkpoint: Callable[..., Path
     mixed = torch.stack([outputs[f"text-{i}"].outputs.data for i in range(len(texts))])
     assert cosines(mixed, expected).min() >= 0.9999
     assert all(len(outputs[f"chat-{i}"].outputs[0].token_ids) == 200 for i in range(len(chats)))
+    assert preempted

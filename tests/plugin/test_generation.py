@@ -1,0 +1,157 @@
+"""Generation from an engine that embeds too: the base model's tokens, and never a special one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from vllm import LLM, SamplingParams
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import StructuredOutputsParams
+
+from gem_vllm.config import GemConfig
+from tests.plugin.conftest import EMBED, random_prompts, run_together, running_engine
+
+K = 4
+
+
+@pytest.fixture(scope="module")
+def eager_specials(
+    tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A checkpoint whose special tokens would win every argmax: large rows in a tied head."""
+    source = tiny_checkpoint("llama", k=K)
+    folder = tmp_path_factory.mktemp("eager")
+    for file in source.iterdir():
+        if file.is_file() and file.suffix != ".safetensors":
+            (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "gem_adapter").symlink_to(source / "gem_adapter")
+    weights = load_file(source / "model.safetensors")
+    ids = list(GemConfig.from_pretrained(source).special_token_ids)
+    rows = weights["model.embed_tokens.weight"]
+    signs = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    rows[ids] = rows[3:100].mean(0) * 100 * signs[:, None]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llm(eager_specials: Path) -> Iterator[LLM]:
+    with running_engine(eager_specials, max_model_len=256) as engine:
+        yield engine
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=0.0),
+        SamplingParams(temperature=2.0, n=4, seed=1),
+        SamplingParams(temperature=1.0, top_k=2, seed=2),
+        SamplingParams(temperature=1.0, top_p=0.5, min_tokens=8, seed=3),
+        SamplingParams(temperature=0.7, min_p=0.2, repetition_penalty=1.3, seed=4),
+        SamplingParams(temperature=0.0, logprobs=20),
+        SamplingParams(temperature=0.0, structured_outputs=StructuredOutputsParams(regex="[a-z]+")),
+    ],
+    ids=["greedy", "n4", "top_k", "top_p", "penalties", "logprobs", "structured"],
+)
+def test_special_tokens_are_never_generated(llm: LLM, params: SamplingParams) -> None:
+    params.max_tokens = 16
+    params.ignore_eos = params.structured_outputs is None
+    special = set(GemConfig.from_hf_config(llm.model_config.hf_config).special_token_ids)
+    prompts = random_prompts([3, 12, 50])
+    outputs = run_together(
+        llm,
+        {f"chat-{i}": (p, params) for i, p in enumerate(prompts)}
+        | {f"text-{i}": (p, EMBED) for i, p in enumerate(prompts)},
+    )
+    for i in range(len(prompts)):
+        completions = outputs[f"chat-{i}"].outputs
+        assert len(completions) == params.n
+        for completion in completions:
+            assert completion.token_ids
+            assert not special.intersection(completion.token_ids)
+            for position in completion.logprobs or []:
+                finite = {token for token, entry in position.items() if entry.logprob > -1e30}
+                assert not special.intersection(finite)
+
+
+def test_prompt_logprobs_of_chat_beside_embeddings(llm: LLM) -> None:
+    """Rows of the head that a step leaves out must not leak into prompt logprobs."""
+    params = SamplingParams(temperature=0.0, max_tokens=4, prompt_logprobs=1, ignore_eos=True)
+    prompt = random_prompts([30])[0]
+    alone = run_together(llm, {"chat": (prompt, params)})["chat"]
+    beside = run_together(
+        llm, {"a": (prompt[:9], EMBED), "chat": (prompt, params), "b": (prompt[3:], EMBED)}
+    )["chat"]
+    for one, other in zip(alone.prompt_logprobs[1:], beside.prompt_logprobs[1:], strict=True):
+        assert {t: pytest.approx(e.logprob, abs=1e-3) for t, e in one.items()} == {
+            t: e.logprob for t, e in other.items()
+        }
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "message"),
+    [
+        ([5, 6, "special"], SamplingParams(), "reserved GEM token <|gem_0|>"),
+        (["special", 6], EMBED, "reserved GEM token <|gem_0|>"),
+        ([5] * 253, EMBED, "may have 252"),
+        ([5], SamplingParams(allowed_token_ids=["special"]), "never generated"),
+    ],
+    ids=["chat", "embed", "length", "allowed"],
+)
+def test_bad_requests_are_refused(llm: LLM, prompt, params, message) -> None:
+    special = GemConfig.from_hf_config(llm.model_config.hf_config).special_token_ids[0]
+    prompt = [special if token == "special" else token for token in prompt]
+    params = params.clone()
+    if getattr(params, "allowed_token_ids", None):
+        params.allowed_token_ids = [special]
+    with pytest.raises(VLLMValidationError, match=message.replace("|", r"\|")):
+        llm.llm_engine.add_request("bad", {"prompt_token_ids": prompt}, params)
+    assert run_together(llm, {"next": ([5, 6, 7], EMBED)})["next"].outputs.data.shape == (64,)
+
+
+def test_text_that_spells_a_special_token_is_refused(llm: LLM) -> None:
+    for call in (llm.embed, llm.generate):
+        with pytest.raises(VLLMValidationError, match="reserved GEM token"):
+            call("what does <|gem_1|> mean", use_tqdm=False)
+
+
+def test_truncation_cuts_the_text_not_the_special_tokens(llm: LLM) -> None:
+    cut = {"truncate_prompt_tokens": -1}
+    (output,) = llm.embed({"prompt_token_ids": [7] * 400}, tokenization_kwargs=cut, use_tqdm=False)
+    assert len(output.prompt_token_ids) == 256 - K
+    with pytest.raises(VLLMValidationError, match="252"):
+        llm.embed({"prompt_token_ids": [7] * 400}, use_tqdm=False)
+
+
+def test_offline_scores(llm: LLM) -> None:
+    same, other = llm.score("a river", ["a river", "1969"], use_tqdm=False)
+    assert same.outputs.score == pytest.approx(1.0, abs=1e-5)
+    assert other.outputs.score < 0.999
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_adapter_mode_generates_what_the_base_generates(
+    family: str, tiny_base: Callable[..., Path], tiny_checkpoint: Callable[..., Path]
+) -> None:
+    """Greedy, float32, 100 prompts, embedding requests in between: token for token."""
+    folder = tiny_checkpoint(family, k=K)
+    base = tiny_base(family)
+    prompts = random_prompts([1 + 2 * i % 97 for i in range(100)], seed=5)
+    greedy = SamplingParams(temperature=0.0, max_tokens=12)
+    chats = {f"chat-{i}": (prompt, greedy) for i, prompt in enumerate(prompts)}
+    with running_engine(base, max_model_len=256) as plain:
+        expected = run_together(plain, chats)
+    texts = {f"text-{i}": (prompt[::-1], EMBED) for i, prompt in enumerate(prompts)}
+    alternating = {
+        name: request
+        for pair in zip(chats.items(), texts.items(), strict=True)
+        for name, request in pair
+    }
+    with running_engine(folder, max_model_len=256) as engine:
+        outputs = run_together(engine, alternating)
+    for name in chats:
+        assert outputs[name].outputs[0].token_ids == expected[name].outputs[0].token_ids

@@ -1,0 +1,90 @@
+"""The ledger: every patch is in place, argued, and loud where vLLM has moved."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from typing import Any
+
+import pytest
+from vllm.entrypoints.pooling.base.io_processor import PoolingIOProcessor
+from vllm.entrypoints.pooling.offline import PoolingOfflineMixin
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+from vllm.plugins import load_general_plugins
+from vllm.v1.engine.input_processor import InputProcessor
+
+from gem_vllm import compat
+from gem_vllm.config import SUPPORTED_ARCHITECTURES
+from gem_vllm.errors import GemError
+from gem_vllm.plugin import patches, register
+from gem_vllm.plugin.config import GemModelConfig
+
+NAMES = {"config-hook", "offline-pooling", "room-for-special-tokens", "reserved-token-ids"}
+
+
+@pytest.fixture(autouse=True)
+def plugins() -> None:
+    load_general_plugins()
+
+
+def test_every_patch_is_listed_and_argued() -> None:
+    assert {patch.name for patch in patches.LEDGER} == NAMES
+    for patch in patches.LEDGER:
+        assert len(patch.why) > 40, patch.name
+        assert len(patch.needless_when) > 20, patch.name
+        module, _, _ = patch.target.partition(".PoolingOfflineMixin")
+        module = re.sub(r"\.[A-Z].*$", "", module)
+        importlib.import_module(module)
+
+
+def test_config_hook_is_in_place() -> None:
+    for architecture in SUPPORTED_ARCHITECTURES.values():
+        assert MODELS_CONFIG_MAP[architecture] is GemModelConfig
+
+
+@pytest.mark.parametrize(
+    ("owner", "attribute"),
+    [
+        (PoolingOfflineMixin, "__init__"),
+        (PoolingIOProcessor, "render"),
+        (InputProcessor, "process_inputs"),
+    ],
+)
+def test_function_is_wrapped_once(owner: type, attribute: str) -> None:
+    patches.apply_all()
+    function = getattr(owner, attribute)
+    assert function.__globals__["__name__"] == "gem_vllm.plugin.patches"
+    assert function.__wrapped__.__globals__["__name__"].startswith("vllm.")
+
+
+@pytest.mark.parametrize(
+    ("owner", "attribute", "patch"),
+    [
+        (InputProcessor, "process_inputs", "_patch_reserved_token_ids"),
+        (PoolingIOProcessor, "render", "_patch_room_for_special_tokens"),
+        (PoolingOfflineMixin, "_verify_pooling_task", "_patch_offline_pooling"),
+    ],
+)
+def test_a_moved_vllm_is_named(
+    owner: type, attribute: str, patch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def moved(self: Any, other: Any) -> None:
+        """Stands for a vLLM whose function takes something else."""
+
+    monkeypatch.setattr(owner, attribute, moved)
+    with pytest.raises(GemError, match=r"vLLM has moved under gem-vllm's patch '[a-z-]+'"):
+        getattr(patches, patch)()
+
+
+def test_a_vanished_target_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patches, "_applied", False)
+    monkeypatch.delattr(InputProcessor, "process_inputs")
+    with pytest.raises(GemError, match="patch 'reserved-token-ids'"):
+        patches.apply_all()
+
+
+@pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "1.0"])
+def test_other_vllm_versions_are_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "installed_vllm", lambda: version)
+    with pytest.raises(GemError, match=re.escape(compat.SUPPORTED_VLLM)):
+        register()
