@@ -56,7 +56,7 @@ def train(
         _save(trainer, tokenizer, gem_config)
         write_model_card(options.out, options, trainer.state.log_history, commit)
     except (OSError, RuntimeError, SafetensorError) as error:
-        if _is_disk_full(error):
+        if _is_disk_full(error, options.run_folder):
             raise GemError(
                 f"the disk of {options.run_folder} is full; the last checkpoint there is whole: "
                 "make room and continue with --resume"
@@ -199,7 +199,8 @@ def _check_processes() -> None:
         raise GemError("training runs as one process on one device; start it without a launcher")
 
 
-def _is_disk_full(error: BaseException) -> bool:
+def _is_disk_full(error: BaseException, folder: Path) -> bool:
     """Whether writing failed for want of space; torch and safetensors hide the errno."""
-    is_errno = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return is_errno or "No space left" in str(error) or "PytorchStreamWriter" in str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return shutil.disk_usage(folder).free < 1 << 20

@@ -49,9 +49,17 @@ class GemTrainer(Trainer):
         self._window_start = time.perf_counter()
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
+        self._bar = LossProgress()
         if progress:
-            self.add_callback(LossProgress)
+            self.add_callback(self._bar)
         self.add_callback(MarkWhole)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``Trainer``'s; the bar is closed however training ends."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._bar.close()
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches as they come: they are made whole, and in order, by the data set."""
@@ -133,6 +141,11 @@ class LossProgress(ProgressCallback):
         if self.training_bar is not None and logs:
             shown = {name: f"{logs[name]:.4g}" for name in self.SHOWN if name in logs}
             self.training_bar.set_postfix(shown)
+
+    def close(self) -> None:
+        """Leave the bar as it is, on a line of its own."""
+        if self.training_bar is not None:
+            self.training_bar.close()
 
 
 class MarkWhole(TrainerCallback):

@@ -229,9 +229,7 @@ def train(
     try:
         folder = run_training(options, resume=resume, overwrite=overwrite)
     except KeyboardInterrupt:
-        typer.echo(
-            f"interrupted; {options.run_folder} keeps the last checkpoint: continue with --resume",
-            err=True,
-        )
+        run = options.run_folder
+        typer.echo(f"interrupted; the checkpoints are in {run}: continue with --resume", err=True)
         raise typer.Exit(130) from None
     typer.echo(folder)

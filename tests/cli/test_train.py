@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +16,7 @@ import pytest
 from gem_vllm import cli
 from gem_vllm.commands.train import train
 from gem_vllm.training.options import TrainOptions
+from gem_vllm.training.trainer import whole_checkpoints
 
 
 @pytest.fixture
@@ -102,3 +106,29 @@ def test_defaults_are_those_of_the_options() -> None:
     for name, default in fields.items():
         if default is not dataclasses.MISSING:
             assert command[name].default == default, name
+
+
+def test_ctrl_c_leaves_a_checkpoint_to_continue_from(
+    tiny_base: Callable[..., Path], tmp_path: Path
+) -> None:
+    data = tmp_path / "texts.txt"
+    data.write_text("".join(f"text {i}: the lazy dog of the old stone bridge\n" for i in range(40)))
+    command = [sys.executable, "-m", "gem_vllm.cli", "train", "--base", str(tiny_base())]
+    command += ["--data", str(data), "--out", str(tmp_path / "gem"), "--batch-size", "4"]
+    command += ["--steps", "100000", "--save-every", "5"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 60
+        while not whole_checkpoints(tmp_path / "gem.run"):
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert error.strip().splitlines()[-1] == (
+        f"interrupted; the checkpoints are in {tmp_path / 'gem.run'}: continue with --resume"
+    )
+    assert whole_checkpoints(tmp_path / "gem.run")
