@@ -61,7 +61,8 @@ class AdapterModel(GemTrainingModel):
         position = torch.arange(token_ids.shape[1], device=token_ids.device)
         computed[rows] = predicting[rows] & (position >= ends[:, None] - 1)
         if not len(rows):
-            return self.log_temperature.new_zeros(0, self.config.hidden_size), computed
+            none = torch.zeros(0, self.config.hidden_size, dtype=self.base.dtype)
+            return none.to(token_ids.device), computed
 
         prefixes = token_ids[rows, : int(starts.max())]
         special, cache = self._special_pass(prefixes, starts)

@@ -7,8 +7,10 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from datasets import IterableDataset
 
 from gem_vllm.errors import GemError
 from gem_vllm.training.data import TextSource, shuffled
@@ -92,6 +94,31 @@ def make_latin(folder: Path) -> str:
 def test_bad_files_are_refused(tmp_path: Path, make: Callable[[Path], str], message: str) -> None:
     with pytest.raises(GemError, match=message):
         TextSource(make(tmp_path)).check()
+
+
+def test_dataset_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(name: str, **options: Any) -> IterableDataset:
+        asked.append((name, options))
+        return IterableDataset.from_generator(lambda: ({"text": line} for line in LINES))
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    assert list(TextSource("some/dataset")) == LINES
+    assert list(TextSource("some/dataset:validation")) == LINES
+    assert asked == [
+        ("some/dataset", {"split": "train", "streaming": True}),
+        ("some/dataset", {"split": "validation", "streaming": True}),
+    ]
+
+
+def test_dataset_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(name: str, **_: Any) -> None:
+        raise FileNotFoundError(f"Couldn't find {name}")
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    with pytest.raises(GemError, match=r"no file, and no dataset that loads .* find some/dataset"):
+        TextSource("some/dataset").check()
 
 
 def test_shuffle_holds_no_more_than_its_buffer() -> None:

@@ -105,6 +105,17 @@ def test_result_is_a_checkpoint_of_its_mode(options: TrainOptions, mode: Any) ->
     assert not list(options.run_folder.glob("checkpoint-*"))
 
 
+@pytest.mark.parametrize("mode", ["adapter", "full", "lora"])
+def test_bfloat16_learns_the_same(options: TrainOptions, mode: Any) -> None:
+    options = dataclasses.replace(options, mode=mode, dtype="bfloat16", steps=3, raw_share=0.5)
+    train(options, progress=False)
+    found = losses(options)
+    full = dataclasses.replace(options, dtype="float32", out=options.out.with_name("float32"))
+    train(full, progress=False)
+    for name, values in losses(full).items():
+        assert found[name] == pytest.approx(values, rel=0.1, abs=0.05)
+
+
 def test_adapter_comes_apart_and_together(options: TrainOptions, tmp_path: Path) -> None:
     train(options, progress=False)
     extract_adapter(options.out, tmp_path / "adapter")
