@@ -1,0 +1,255 @@
+"""`vllm serve CHECKPOINT`, vLLM's own command: every route, both tasks at once, bad requests."""
+
+from __future__ import annotations
+
+import base64
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+import torch
+
+from gem_vllm.reference import ReferenceEmbedder
+from tests.plugin.conftest import cosines
+
+K = 4
+LIMIT = 256
+START_SECONDS = 400
+TEXTS = ["A library keeps books and maps.", "Bread is made from flour.", "1969"]
+
+
+@dataclass
+class Server:
+    """A running server, and the reference for its checkpoint."""
+
+    url: str
+    reference: ReferenceEmbedder
+
+    def post(self, route: str, **body: Any) -> httpx.Response:
+        return httpx.post(f"{self.url}{route}", json={"model": "gem", **body}, timeout=60)
+
+    def embed(self, texts: Any, **options: Any) -> list[list[float]]:
+        answer = self.post("/v1/embeddings", input=texts, **options)
+        assert answer.status_code == 200, answer.text
+        return [entry["embedding"] for entry in answer.json()["data"]]
+
+    @property
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def server(
+    tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    folder = tiny_checkpoint("llama", k=K)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path_factory.mktemp("server") / "server.log"
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    command = [
+        str(Path(sys.executable).with_name("vllm")),
+        *("serve", str(folder), "--port", str(port), "--host", "127.0.0.1"),
+        *("--served-model-name", "gem", "--max-model-len", str(LIMIT)),
+        *("--dtype", "float32", "--enforce-eager"),
+    ]
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        wait_until_healthy(url, process, log)
+        yield Server(url, ReferenceEmbedder(folder))
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            pytest.fail(f"vllm serve ended:\n{log.read_text()[-3000:]}")
+        try:
+            if httpx.get(f"{url}/health", timeout=5).status_code == 200:
+                return
+        except httpx.TransportError:
+            time.sleep(1)
+    pytest.fail(f"vllm serve did not come up:\n{log.read_text()[-3000:]}")
+
+
+def steps(server: Server, kind: str) -> float:
+    for line in httpx.get(f"{server.url}/metrics", timeout=30).text.splitlines():
+        if line.startswith("gem_steps_total") and f'kind="{kind}"' in line:
+            return float(line.rpartition(" ")[2])
+    pytest.fail("/metrics has no gem_steps_total")
+
+
+def test_embeddings_are_the_references(server: Server) -> None:
+    expected = server.reference.embed(TEXTS)
+    assert cosines(torch.tensor(server.embed(TEXTS)), expected).min() >= 0.9999
+
+    ids = [server.reference.tokenizer(text).input_ids for text in TEXTS]
+    assert cosines(torch.tensor(server.embed(ids)), expected).min() >= 0.9999
+    assert cosines(torch.tensor(server.embed(ids[0])), expected[:1]).min() >= 0.9999
+
+    (packed,) = server.embed(TEXTS[0], encoding_format="base64")
+    raw = base64.b64decode(packed)
+    floats = torch.tensor(struct.unpack(f"<{len(raw) // 4}f", raw))
+    assert cosines(floats[None], expected[:1]).min() >= 0.9999
+
+    (short,) = server.embed(TEXTS[0], dimensions=16)
+    leading = torch.nn.functional.normalize(expected[0, :16], dim=0)
+    np.testing.assert_allclose(short, leading, atol=1e-4)
+
+
+def test_usage_counts_the_users_tokens_only(server: Server) -> None:
+    ids = server.reference.tokenizer(TEXTS[0]).input_ids
+    usage = server.post("/v1/embeddings", input=TEXTS[0]).json()["usage"]
+    assert usage["prompt_tokens"] == usage["total_tokens"] == len(ids)
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "read"),
+    [
+        ("/v2/embed", {"texts": TEXTS[:1], "embedding_types": ["float"]}, "embeddings"),
+        ("/pooling", {"input": TEXTS[0]}, "data"),
+        ("/score", {"text_1": TEXTS[0], "text_2": TEXTS}, "data"),
+        ("/rerank", {"query": TEXTS[0], "documents": TEXTS}, "results"),
+        ("/v1/completions", {"prompt": TEXTS[0], "max_tokens": 4}, "choices"),
+        ("/v1/responses", {"input": TEXTS[0], "max_output_tokens": 4}, "output"),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": TEXTS[0]}], "max_tokens": 4},
+            "choices",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) and value.startswith("/") else "",
+)
+def test_every_route_answers(server: Server, route: str, body: dict[str, Any], read: str) -> None:
+    answer = server.post(route, **body)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()[read]
+
+
+def test_rerank_puts_the_query_itself_first(server: Server) -> None:
+    results = server.post("/rerank", query=TEXTS[1], documents=TEXTS).json()["results"]
+    assert results[0]["index"] == 1
+    assert results[0]["relevance_score"] == pytest.approx(1.0, abs=1e-4)
+
+
+def test_both_tasks_at_the_same_time(server: Server) -> None:
+    """The official client: embeddings, chat and streamed chat in the same engine steps."""
+    expected = server.reference.embed(TEXTS)
+    messages: Any = [{"role": "user", "content": TEXTS[1]}]
+    options: Any = {"model": "gem", "messages": messages, "max_tokens": 64, "temperature": 0}
+    options["extra_body"] = {"ignore_eos": True}
+    alone = server.client.chat.completions.create(**options).choices[0].message.content
+    before = steps(server, "mixed")
+
+    def embed(_: int) -> list[list[float]]:
+        return [
+            entry.embedding
+            for entry in server.client.embeddings.create(model="gem", input=TEXTS).data
+        ]
+
+    def chat(_: int) -> str | None:
+        return server.client.chat.completions.create(**options).choices[0].message.content
+
+    def stream(_: int) -> str:
+        chunks = server.client.chat.completions.create(stream=True, **options)
+        return "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+
+    with ThreadPoolExecutor(12) as pool:
+        embedded = [pool.submit(embed, i) for i in range(12)]
+        chats = [pool.submit(job, i) for i in range(4) for job in (chat, stream)]
+        embedded += [pool.submit(embed, i) for i in range(12)]
+        for future in embedded:
+            assert cosines(torch.tensor(future.result()), expected).min() >= 0.9999
+        assert {future.result() for future in chats} == {alone}
+    assert steps(server, "mixed") > before
+    assert steps(server, "embed") > 0
+    assert steps(server, "generate") > 0
+
+
+SPECIAL = "special"
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "status", "message"),
+    [
+        ("/v1/embeddings", {"input": ""}, 400, "empty"),
+        ("/v1/embeddings", {"input": []}, 400, "at least one"),
+        ("/v1/embeddings", {"input": [[]]}, 400, "empty"),
+        ("/v1/embeddings", {"input": {"text": "a"}}, 400, "valid"),
+        ("/v1/embeddings", {"input": 7}, 400, "valid"),
+        ("/v1/embeddings", {"input": [10**6]}, 400, "vocabulary"),
+        ("/v1/embeddings", {"input": [7] * 253}, 400, "252"),
+        ("/v1/embeddings", {"input": "bread " * 300}, 400, "252"),
+        ("/v1/embeddings", {"input": "a", "dimensions": 65}, 400, "64"),
+        ("/v1/embeddings", {"input": "a", "encoding_format": "morse"}, 400, "encoding_format"),
+        ("/v1/embeddings", {"input": "a", "model": "other"}, 404, "does not exist"),
+        ("/v1/embeddings", {"input": "say <|gem_0|>"}, 400, "reserved GEM token"),
+        ("/v1/embeddings", {"input": [5, SPECIAL, 6]}, 400, "reserved GEM token"),
+        ("/v1/completions", {"prompt": "say <|gem_1|>"}, 400, "reserved GEM token"),
+        ("/v1/completions", {"prompt": [SPECIAL]}, 400, "reserved GEM token"),
+        ("/score", {"text_1": "a", "text_2": "<|gem_3|>"}, 400, "reserved GEM token"),
+        ("/rerank", {"query": "<|gem_0|>", "documents": ["a"]}, 400, "reserved GEM token"),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": "<|gem_2|>"}]},
+            400,
+            "reserved GEM token",
+        ),
+    ],
+)
+def test_bad_requests(
+    server: Server, route: str, body: dict[str, Any], status: int, message: str
+) -> None:
+    special = server.reference.gem_config.special_token_ids[0]
+    body = {
+        key: [special if item == SPECIAL else item for item in value]
+        if isinstance(value, list)
+        else value
+        for key, value in body.items()
+    }
+    answer = server.post(route, **body)
+    assert answer.status_code == status, answer.text
+    assert message.lower() in answer.json()["error"]["message"].lower()
+
+
+def test_neighbours_of_bad_requests_are_served(server: Server) -> None:
+    expected = server.reference.embed(TEXTS[:1])
+    with ThreadPoolExecutor(8) as pool:
+        bad = [pool.submit(server.post, "/v1/embeddings", input="<|gem_0|>") for _ in range(8)]
+        good = [pool.submit(server.embed, TEXTS[0]) for _ in range(8)]
+        assert {future.result().status_code for future in bad} == {400}
+        for future in good:
+            assert cosines(torch.tensor(future.result()), expected).min() >= 0.9999
+
+
+def test_truncation_keeps_the_special_tokens(server: Server) -> None:
+    long = "bread " * 300
+    ids = server.reference.tokenizer(long).input_ids[: LIMIT - K]
+    expected = server.reference.embed([ids])
+    cut = server.embed(long, truncate_prompt_tokens=-1, truncation_side="right")
+    assert cosines(torch.tensor(cut), expected).min() >= 0.9999

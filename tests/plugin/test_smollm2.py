@@ -1,0 +1,136 @@
+"""The engine on a real model, SmolLM2-135M-Instruct: agreement, and generation left alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from vllm import SamplingParams
+
+from gem_vllm.checkpoint import load_base
+from gem_vllm.commands.fetch import fetch_model
+from gem_vllm.reference import ReferenceEmbedder
+from tests.plugin.conftest import EMBED, cosines, embed, run_together, running_engine
+from tests.tiny import make_tiny_checkpoint
+
+ROOT = Path(__file__).parents[2]
+LIMIT = 512
+CORES = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+
+
+@pytest.fixture(scope="module")
+def base() -> Path:
+    return fetch_model("smollm2-135m-instruct", ROOT / "models" / "SmolLM2-135M-Instruct")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """SmolLM2 with k special tokens and a random adapter; made once."""
+    made: dict[int, Path] = {}
+
+    def make(k: int) -> Path:
+        if k not in made:
+            folder = tmp_path_factory.mktemp("smollm2") / f"k{k}"
+            made[k] = make_tiny_checkpoint("llama", folder, k=k, base=base)
+        return made[k]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def sentences(base: Path) -> list[list[int]]:
+    """Token ids of Wikipedia text, one paragraph each, of at least 100 tokens."""
+    _, tokenizer = load_base(base, dtype=torch.bfloat16)
+    with (ROOT / "examples" / "wikipedia_train.txt").open(encoding="utf-8") as text:
+        paragraphs = [tokenizer(line.strip()).input_ids for line in text if line.strip()]
+    return [ids for ids in paragraphs if len(ids) >= 100]
+
+
+@pytest.fixture(autouse=True)
+def all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", CORES)
+
+
+def texts_of(sentences: list[list[int]], lengths: list[int]) -> list[list[int]]:
+    joined = [token for ids in sentences for token in ids]
+    return [joined[7 * i : 7 * i + length] for i, length in enumerate(lengths)]
+
+
+@pytest.mark.parametrize("k", [1, 4, 10])
+def test_float32_agreement(
+    k: int, checkpoint: Callable[[int], Path], sentences: list[list[int]]
+) -> None:
+    texts = texts_of(sentences, [1, 2, 5, 30, 64, 127, 128, 129, 230, LIMIT - k - 1, LIMIT - k])
+    expected = ReferenceEmbedder(checkpoint(k)).embed(texts)
+    greedy = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+    chats = {f"chat-{i}": (sentences[i][: 10 + i], greedy) for i in range(6)}
+    with running_engine(checkpoint(k), max_model_len=LIMIT) as llm:
+        assert cosines(embed(llm, texts), expected).min() >= 0.9999
+        outputs = run_together(llm, chats | {f"t{i}": (t, EMBED) for i, t in enumerate(texts)})
+    mixed = torch.stack([outputs[f"t{i}"].outputs.data for i in range(len(texts))])
+    assert cosines(mixed, expected).min() >= 0.9999
+
+
+@pytest.mark.parametrize("k", [1, 4, 10])
+def test_bfloat16_agreement(
+    k: int, checkpoint: Callable[[int], Path], sentences: list[list[int]]
+) -> None:
+    texts = texts_of(sentences, [1, 30, 127, 200])
+    expected = ReferenceEmbedder(checkpoint(k)).embed(texts)
+    with running_engine(checkpoint(k), max_model_len=LIMIT, dtype="bfloat16") as llm:
+        assert cosines(embed(llm, texts), expected).min() >= 0.999
+
+
+def interleaved(chats: dict[str, Any], others: dict[str, Any]) -> dict[str, tuple[list[int], Any]]:
+    """Requests of both, in turn."""
+    return {
+        name: request
+        for pair in zip(chats.items(), others.items(), strict=True)
+        for name, request in pair
+    }
+
+
+def test_float32_generation_is_the_bases(
+    base: Path, checkpoint: Callable[[int], Path], sentences: list[list[int]]
+) -> None:
+    """100 prompts, greedy, an embedding request after each: token for token plain vLLM's."""
+    greedy = SamplingParams(temperature=0.0, max_tokens=16)
+    prompts = [ids[: 6 + i % 40] for i, ids in enumerate(sentences[:100])]
+    chats = {f"chat-{i}": (prompt, greedy) for i, prompt in enumerate(prompts)}
+    texts = {f"text-{i}": (ids[:30], EMBED) for i, ids in enumerate(sentences[100:200])}
+    assert len(chats) == len(texts) == 100
+    with running_engine(base, max_model_len=LIMIT) as plain:
+        expected = run_together(plain, chats)
+    with running_engine(checkpoint(4), max_model_len=LIMIT) as engine:
+        outputs = run_together(engine, interleaved(chats, texts))
+    for name in chats:
+        assert outputs[name].outputs[0].token_ids == expected[name].outputs[0].token_ids
+
+
+def test_bfloat16_generation_differs_no_more_than_plain_vllm(
+    base: Path, checkpoint: Callable[[int], Path], sentences: list[list[int]]
+) -> None:
+    """Rounding depends on the batch; embedding neighbours disturb no more than chatting ones."""
+    greedy = SamplingParams(temperature=0.0, max_tokens=8)
+    count = 24
+    prompts = [ids[: 6 + i] for i, ids in enumerate(sentences[:count])]
+    chats = {f"chat-{i}": (prompt, greedy) for i, prompt in enumerate(prompts)}
+    texts = [ids[:30] for ids in sentences[count : 2 * count]]
+    embeddings = {f"text-{i}": (ids, EMBED) for i, ids in enumerate(texts)}
+    other_chats = {f"other-{i}": (ids, greedy) for i, ids in enumerate(texts)}
+
+    def differences(outputs: dict[str, Any], alone: dict[str, Any]) -> int:
+        return sum(
+            outputs[name].outputs[0].token_ids != alone[name].outputs[0].token_ids for name in chats
+        )
+
+    with running_engine(base, max_model_len=LIMIT, dtype="bfloat16") as plain:
+        alone = run_together(plain, chats)
+        allowed = differences(run_together(plain, interleaved(chats, other_chats)), alone)
+    with running_engine(checkpoint(4), max_model_len=LIMIT, dtype="bfloat16") as engine:
+        found = differences(run_together(engine, interleaved(chats, embeddings)), alone)
+    assert found <= allowed
