@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rich.console import Group, RenderableType
 from rich.table import Table
-from rich.text import Text
 
 from gem_vllm.demo.client import Totals
 from gem_vllm.demo.retrieval import RetrievalScore
@@ -35,12 +33,12 @@ class Report:
     minutes: float = 0.0
 
 
-def summary(report: Report) -> RenderableType:
-    """The table, and the commands to go on with."""
-    table = Table(title="gem-vllm demo", title_justify="left", show_header=False, min_width=60)
+def table(report: Report) -> Table:
+    """What was trained, how well it finds, how fast it serves."""
+    rows = Table(title="\ngem-vllm demo", title_justify="left", show_header=False)
     for name, value in _rows(report):
-        table.add_row(name, value)
-    return Group(Text(), table, Text(), Text(_next_commands(report.checkpoint)))
+        rows.add_row(name, value)
+    return rows
 
 
 def _rows(report: Report) -> list[tuple[str, str]]:
@@ -84,8 +82,9 @@ def _speed(totals: Totals, seconds: float) -> str:
     )
 
 
-def _next_commands(checkpoint: Path) -> str:
-    return f"""\
+def next_commands(checkpoint: Path) -> str:
+    """The commands to go on with."""
+    return f"""
 Go on with:
 
   .venv/bin/vllm serve {checkpoint} --served-model-name {SERVED_NAME}

@@ -14,12 +14,13 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from gem_vllm.commands.fetch import fetch_model
 from gem_vllm.compat import check_vllm_version
 from gem_vllm.demo.client import Client, Totals
 from gem_vllm.demo.processes import process_group, terminated_like_interrupted, wait_for
-from gem_vllm.demo.report import Report, summary
+from gem_vllm.demo.report import Report, next_commands, table
 from gem_vllm.demo.retrieval import (
     Embeddings,
     RetrievalTask,
@@ -39,7 +40,7 @@ TRAIN_TOKENS = 32
 DROP_RATE = 0.3
 # Forward passes of the tokens that a training step costs: 1, and the backward pass.
 STEP_COST = 1.3
-STEPS_AT_LEAST, STEPS_AT_MOST = 20, 300
+STEPS_AT_LEAST, STEPS_AT_MOST = 6, 300
 RETRIEVED = 3
 RUN_MARK = ".gem-vllm-demo"
 BACKGROUND_REQUESTS = 2
@@ -113,7 +114,8 @@ def run_demo(options: DemoOptions, console: Console) -> None:
                 background = options.train_file.read_text(encoding="utf-8").splitlines()
                 asyncio.run(_use_server(url, task, background, report, console))
     report.minutes = (time.monotonic() - started) / 60
-    console.print(summary(report))
+    console.print(table(report))
+    console.print(next_commands(report.checkpoint), markup=False, highlight=False, soft_wrap=True)
 
 
 def steps_for(minutes: float, tokens_per_second: float) -> int:
@@ -262,7 +264,8 @@ async def _ask(
     (query,) = await client.embed([question])
     found = nearest(query, passages, RETRIEVED)
     for row, cosine in found:
-        console.print(f"  {cosine:.3f}  {texts[row]}", markup=False, highlight=False, style="dim")
+        line = Text(f"  {cosine:.3f}  {texts[row]}", style="dim")
+        console.print(line, overflow="ellipsis", no_wrap=True)
     context = "\n\n".join(texts[row] for row, _ in found)
     messages = [
         {"role": "system", "content": SYSTEM_PROMPT},
