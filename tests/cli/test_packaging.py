@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 import tomllib
+import zipfile
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -72,3 +76,18 @@ def test_other_versions_are_refused_with_the_range(
         compat.check_vllm_version()
     assert compat.SUPPORTED_VLLM in str(raised.value)
     assert (version or "not installed") in str(raised.value)
+
+
+def test_the_wheel_installs_one_import_package(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    for folder in FOLDERS.values():
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / folder, source / folder, ignore=ignore)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*command, "--wheel-dir", tmp_path, source], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0].partition("-")[0] for name in names} == {"gem_vllm"}
+    assert {"gem_vllm/py.typed", "gem_vllm/training/run.py"} <= set(names)
