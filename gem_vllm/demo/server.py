@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import platform
 import socket
 import subprocess
 import sys
@@ -67,7 +66,7 @@ def serve_dtype() -> str:
 def serve_environment() -> dict[str, str]:
     """This process's environment, and what makes vLLM use a small CPU well."""
     env = dict(os.environ)
-    if _has_cuda():
+    if _has_cuda() or sys.platform != "linux":
         return env
     # By default vLLM keeps one core for its scheduler: half of a two-core machine.
     cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
@@ -116,6 +115,6 @@ def _has_cuda() -> bool:
 
 def _cpu_has_bfloat16() -> bool:
     if not CPUINFO.is_file():
-        return platform.machine() == "arm64"
+        return False
     flags = CPUINFO.read_text(encoding="utf-8", errors="replace").split()
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
