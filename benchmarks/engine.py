@@ -1,0 +1,309 @@
+"""One GEM engine against plain vLLM and transformers, in one run on the CPU cores of one machine.
+
+    python benchmarks/engine.py --checkpoint DIR --base DIR            # about 12 minutes, 2 cores
+    python benchmarks/engine.py --checkpoint DIR --base DIR --quick    # a few minutes, to try it
+
+``--checkpoint`` is a GEM checkpoint, ``--base`` the model that it was made from. Writes
+``engine.json`` and ``engine.md`` (``engine-quick.*``) to ``--out``. What is measured, and how, is
+in README.md beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+from engine_facts import commit, cpu_name, read_texts, shown_command, weight_bytes
+from engine_peer import TRANSFORMERS_BATCH, Peer
+from engine_report import GENERATIONS, MIXED_TARGETS, PEER_OF, UNITS, markdown, mixed_name, ratios
+
+from gem_vllm.config import GemConfig
+from gem_vllm.demo.processes import terminated_like_interrupted
+from gem_vllm.demo.server import serve_dtype
+from gem_vllm.errors import GemError
+
+ROOT = Path(__file__).resolve().parents[1]
+COUNTS = ("embed", "generate", "embed_in_flight", "generate_in_flight")
+# A vLLM worker spins for a second behind its last step before it sleeps.
+SETTLE_SECONDS = 1.5
+EMBEDDINGS_IN_FLIGHT = 8
+ADAPTER_FOLDER = "gem_adapter"
+CONTEXT = 512
+# As `vllm serve` does on a CPU, but without the prefix cache: every text is computed.
+ENGINE_OPTIONS: dict[str, Any] = {
+    "max_num_batched_tokens": 2048,
+    "max_num_seqs": 128,
+    "max_model_len": CONTEXT,
+    "kv_cache_memory_bytes": 1 << 30,
+    "enable_prefix_caching": False,
+    "enforce_eager": True,
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """Texts embedded per round, tokens of a completion, seconds of mixed load on all cores."""
+
+    texts: dict[str, int]
+    max_tokens: int
+    mixed_seconds: float
+
+
+FULL = Size({"embed 30": 160, "embed 230": 24}, max_tokens=32, mixed_seconds=10.0)
+QUICK = Size({"embed 30": 48, "embed 230": 6}, max_tokens=8, mixed_seconds=3.0)
+
+
+def main() -> None:
+    """Measure, print the ratios, write both files."""
+    args = parse_arguments()
+    cores = sorted(os.sched_getaffinity(0))
+    check(args, cores)
+    args.out.mkdir(parents=True, exist_ok=True)
+    with terminated_like_interrupted(), ExitStack() as stack:
+        result = Run(args, cores, stack).measure()
+    name = "engine-quick" if args.quick else "engine"
+    (args.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (args.out / f"{name}.md").write_text(markdown(result), encoding="utf-8")
+    for key, value in ratios(result).items():
+        print(f"{key:>15}: {value:.3f}")
+    print(f"written: {args.out / name}.json and .md")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line; exits with 2 where it is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--checkpoint", type=Path, required=True, help="a GEM checkpoint")
+    parser.add_argument("--base", type=Path, required=True, help="the base it was made from")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--rounds", type=int, default=3, help="the peers take turns this often")
+    parser.add_argument("--quick", action="store_true", help="small sizes, to try it out")
+    return parser.parse_args()
+
+
+def check(args: argparse.Namespace, cores: list[int]) -> None:
+    """Raise GemError for what cannot be measured, before anything is started."""
+    import torch
+
+    GemConfig.from_pretrained(args.checkpoint)
+    if not any(args.base.glob("*.safetensors")):
+        raise GemError(f"{args.base} holds no *.safetensors; --base is a Hugging Face model folder")
+    if "gem_config" in json.loads((args.base / "config.json").read_text(encoding="utf-8")):
+        raise GemError(f"{args.base} is a GEM checkpoint; --base is what it was made from")
+    if args.rounds < 1:
+        raise GemError(f"--rounds is {args.rounds}; take 3 or more for figures to quote")
+    if torch.cuda.is_available():
+        raise GemError("this machine has a GPU; the benchmark divides the cores of a CPU")
+    if len(cores) < 2:
+        raise GemError("two engines side by side need two cores; this process may use one")
+
+
+class Run:
+    """One run: peers that take turns, and what they measured.
+
+    Args:
+        args: the checked command line.
+        cores: ids of the cores to use; two engines get half of them each.
+        stack: closes what is still running at the end.
+    """
+
+    def __init__(self, args: argparse.Namespace, cores: list[int], stack: ExitStack) -> None:
+        self.args, self.cores = args, cores
+        self.size = QUICK if args.quick else FULL
+        self.folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        self.stack = stack
+        self.started = time.monotonic()
+        self.setup = {
+            "dtype": serve_dtype(),
+            "options": ENGINE_OPTIONS,
+            "max_tokens": self.size.max_tokens,
+            **read_texts(args.base),
+        }
+
+    def measure(self) -> dict[str, Any]:
+        """All measurements, as `engine_report` describes them."""
+        self.say("starting the GEM engine, plain vLLM (pooling, generating) and transformers")
+        with ExitStack() as plain:
+            kinds = ("pooling", "generating", "transformers")
+            peers = {"gem": self.start(self.stack, "gem", self.cores)}
+            peers |= {kind: self.start(plain, kind, self.cores) for kind in kinds}
+            self.warm_up(peers)
+            solo = self.measure_solo(peers)
+        gem, half = peers["gem"], len(self.cores) // 2
+        self.say("starting two engines of plain vLLM, on half of the cores each")
+        two = {
+            "pooling": self.start(self.stack, "pooling", self.cores[:half], "-half"),
+            "generating": self.start(self.stack, "generating", self.cores[half:], "-half"),
+        }
+        self.warm_up(two)
+        mixed = self.measure_mixed(gem, two, solo)
+        weights = self.weights()
+        resident = {"one": gem.resident(), "two": sum(peer.resident() for peer in two.values())}
+        return {
+            "about": self.about(),
+            "solo": solo,
+            "mixed": mixed,
+            "memory": {
+                key: {"weights": weights[key], "resident": resident[key]} for key in resident
+            },
+        }
+
+    def start(self, stack: ExitStack, kind: str, cores: list[int], suffix: str = "") -> Peer:
+        """Start a peer that runs until ``stack`` closes; it loads while others start."""
+        model = self.args.checkpoint if kind == "gem" else self.args.base
+        setup = {"kind": kind, "model": str(model.resolve()), "cores": cores, **self.setup}
+        return stack.enter_context(Peer.started(kind + suffix, setup, self.folder))
+
+    def warm_up(self, peers: dict[str, Peer]) -> None:
+        """Wait until all have loaded, then let each do a part of everything it will be asked."""
+        for peer in peers.values():
+            peer.receive()
+            self.say(f"{peer.name} has loaded")
+        for kind, peer in peers.items():
+            for task in tasks_of(kind):
+                load = self.load(task)
+                part = {key: max(1, load[key] // 4) if load[key] else 0 for key in COUNTS}
+                self.run_load({peer: {**load, **part}})
+
+    def load(self, task: str) -> dict[str, Any]:
+        """A task alone: all texts at once, or `GENERATIONS` completions."""
+        embed = self.size.texts.get(task, 0)
+        generate = 0 if embed else GENERATIONS
+        return as_load(task if embed else "embed 30", embed, generate, embed, generate)
+
+    def run_load(self, loads: dict[Peer, dict[str, Any]]) -> float:
+        """Run one load on each peer, at the same time; seconds until the last has ended."""
+        for peer, load in loads.items():
+            peer.send(load)
+        seconds = max(peer.receive()["seconds"] for peer in loads)
+        time.sleep(SETTLE_SECONDS)
+        return float(seconds)
+
+    def measure_solo(self, peers: dict[str, Peer]) -> dict[str, dict[str, list[float]]]:
+        """Rates by task and peer; every round gives each task to all its peers in turn."""
+        rates: dict[str, dict[str, list[float]]] = {task: {} for task in PEER_OF}
+        for round_ in range(self.args.rounds):
+            for task, of_task in rates.items():
+                turn = [kind for kind in peers if task in tasks_of(kind)]
+                for kind in turn if round_ % 2 == 0 else reversed(turn):
+                    load = self.load(task)
+                    amount = load["embed"] or load["generate"] * self.size.max_tokens
+                    rate = amount / self.run_load({peers[kind]: load})
+                    of_task.setdefault(kind, []).append(round(rate, 3))
+                shown = ", ".join(f"{kind} {of_task[kind][-1]:.1f}" for kind in turn)
+                self.say(f"round {round_ + 1}: {task}, {UNITS[task]}: {shown}")
+        return rates
+
+    def measure_mixed(
+        self, gem: Peer, two: dict[str, Peer], solo: dict[str, dict[str, list[float]]]
+    ) -> dict[str, dict[str, Any]]:
+        """Seconds by share of embedding work, for one engine and for two, in turn."""
+        mixed: dict[str, dict[str, Any]] = {}
+        for share in MIXED_TARGETS:
+            texts, completions = self.mixed_work(int(share) / 100, solo)
+            mixed[share] = {"texts": texts, "completions": completions, "one": [], "two": []}
+        for round_ in range(self.args.rounds):
+            for share, load in mixed.items():
+                embed = as_load("embed 30", load["texts"], 0, EMBEDDINGS_IN_FLIGHT, 0)
+                generate = as_load("embed 30", 0, load["completions"], 0, GENERATIONS)
+                both = {key: embed[key] or generate[key] for key in embed}
+                setups = {
+                    "one": {gem: both},
+                    "two": {two["pooling"]: embed, two["generating"]: generate},
+                }
+                for setup in setups if round_ % 2 == 0 else reversed(setups):
+                    load[setup].append(round(self.run_load(setups[setup]), 3))
+                shown = ", ".join(f"{setup} {load[setup][-1]:.1f} s" for setup in setups)
+                self.say(f"round {round_ + 1}: {mixed_name(share)}: {shown}")
+        return mixed
+
+    def mixed_work(self, share: float, solo: dict[str, dict[str, list[float]]]) -> tuple[int, int]:
+        """Texts and completions that take plain vLLM ``share`` and the rest of the mixed seconds,
+        each alone and on all cores."""
+        seconds = self.size.mixed_seconds
+        texts_per_s = sorted(solo["embed 30"]["pooling"])[self.args.rounds // 2]
+        tokens_per_s = sorted(solo["generate"]["generating"])[self.args.rounds // 2]
+        completions = (1 - share) * seconds * tokens_per_s / self.size.max_tokens
+        return max(1, round(share * seconds * texts_per_s)), max(1, round(completions))
+
+    def weights(self) -> dict[str, int]:
+        """Bytes of the weights, in the engines' dtype: of one GEM engine, of two plain ones."""
+        dtype = self.setup["dtype"]
+        base = weight_bytes(self.args.base, dtype)
+        adapter = self.args.checkpoint / ADAPTER_FOLDER
+        return {
+            "one": weight_bytes(self.args.checkpoint, dtype) + weight_bytes(adapter, dtype),
+            # A pooling engine has no output head.
+            "two": 2 * base - weight_bytes(self.args.base, dtype, only="lm_head."),
+        }
+
+    def about(self) -> dict[str, str]:
+        """Where, when and with what this was measured."""
+        size = self.size
+        k = GemConfig.from_pretrained(self.args.checkpoint).k
+        texts = " and ".join(
+            f"{count} of about {task.split()[1]} tokens" for task, count in size.texts.items()
+        )
+        packages = ("gem-vllm", "vllm", "torch", "transformers")
+        return {
+            "hardware": f"{cpu_name()}, cores {self.cores}, "
+            f"{psutil.virtual_memory().total / 2**30:.0f} GiB of memory",
+            "command": shown_command(sys.argv),
+            "commit": commit(),
+            "versions": f"Python {platform.python_version()}, "
+            + ", ".join(f"{package} {version(package)}" for package in packages),
+            "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+            "checkpoint": f"{self.args.checkpoint.name}, k = {k}; base: {self.args.base.name}",
+            "dtype": self.setup["dtype"],
+            "engines": ", ".join(f"{key}={value}" for key, value in ENGINE_OPTIONS.items()),
+            "embedding alone": f"texts: {texts}, all given at once; "
+            f"transformers in batches of {TRANSFORMERS_BATCH}, sorted by length",
+            "generation": f"{GENERATIONS} at once, prompts of about 30 tokens, "
+            f"{size.max_tokens} tokens each, greedy",
+            "mixed load": f"work that takes plain vLLM {size.mixed_seconds:.0f} s in all, each "
+            "task alone on all cores, divided as the share says; texts of about 30 tokens; "
+            f"{EMBEDDINGS_IN_FLIGHT} texts and {GENERATIONS} completions in flight; time until "
+            "both kinds are done",
+            "rounds": str(self.args.rounds),
+            "minutes": f"{(time.monotonic() - self.started) / 60:.1f}",
+        }
+
+    def say(self, what: str) -> None:
+        """Progress, with the seconds so far."""
+        print(f"[{time.monotonic() - self.started:4.0f} s] {what}", flush=True)
+
+
+def tasks_of(kind: str) -> list[str]:
+    """The tasks that a peer of this kind does."""
+    return [
+        task
+        for task, plain in PEER_OF.items()
+        if kind in ("gem", plain) or (kind == "transformers" and task != "generate")
+    ]
+
+
+def as_load(
+    texts: str, embed: int, generate: int, embed_in_flight: int, generate_in_flight: int
+) -> dict[str, Any]:
+    """A load as peers take it; ``texts`` names the texts to embed."""
+    counts = (embed, generate, embed_in_flight, generate_in_flight)
+    return {"texts": texts, **dict(zip(COUNTS, counts, strict=True))}
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except GemError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

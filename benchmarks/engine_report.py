@@ -1,0 +1,132 @@
+"""What `engine.py` measured, as ratios and as Markdown; no measuring here.
+
+A result is one JSON object:
+
+- ``solo``: task ("embed 30", "embed 230", "generate") to peer ("gem", "pooling", "generating",
+  "transformers") to a list of rates, one for each round: texts/s, or generated tokens/s.
+- ``mixed``: share of embedding work ("50", "90", "10", in percent) to ``texts``, ``completions``
+  and, for "one" and "two" engines, a list of seconds, one for each round.
+- ``memory``: ``one`` and ``two``, each with ``weights`` and ``resident``, in bytes.
+- ``about``: name to value: hardware, command, commit, versions, date, settings.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+GENERATIONS = 32
+PEER_OF = {"embed 30": "pooling", "embed 230": "pooling", "generate": "generating"}
+UNITS = {"embed 30": "texts/s", "embed 230": "texts/s", "generate": "tokens/s"}
+TASK_NAMES = {
+    "embed 30": "embed, texts of about 30 tokens",
+    "embed 230": "embed, texts of about 230 tokens",
+    "generate": f"generate, {GENERATIONS} at once",
+}
+SOLO_TARGET = 0.97
+MIXED_TARGETS = {"50": 1.0, "90": 1.4, "10": 1.4}
+
+
+def median_of_ratios(first: Sequence[float], second: Sequence[float]) -> float:
+    """Median over rounds of ``first[i] / second[i]``: what drifts between rounds cancels out.
+
+    Raises:
+        ValueError: the two were not measured in the same rounds.
+    """
+    return statistics.median(a / b for a, b in zip(first, second, strict=True))
+
+
+def ratios(result: Mapping[str, Any]) -> dict[str, float]:
+    """The benchmark's outcome: GEM against plain vLLM, larger is better.
+
+    Returns:
+        "embed 30", "embed 230", "generate": rate of the GEM engine over that of plain vLLM;
+        "mixed 50/50", "mixed 90/10", "mixed 10/90" (embedding/generating work): time of two
+        engines over that of one; "weight memory": bytes of one engine over those of two.
+    """
+    found = {
+        task: median_of_ratios(rates["gem"], rates[PEER_OF[task]])
+        for task, rates in result["solo"].items()
+    }
+    for share, load in result["mixed"].items():
+        found[mixed_name(share)] = median_of_ratios(load["two"], load["one"])
+    found["weight memory"] = result["memory"]["one"]["weights"] / result["memory"]["two"]["weights"]
+    return {name: round(value, 3) for name, value in found.items()}
+
+
+def mixed_name(share: str) -> str:
+    """ "90" to "mixed 90/10"."""
+    return f"mixed {share}/{100 - int(share)}"
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """The result as a Markdown page: ratios first, then what they are made of."""
+    return (
+        "\n\n".join(
+            [
+                "# One GEM engine against plain vLLM",
+                _ratio_table(ratios(result)),
+                "Each ratio is the median over rounds in which the peers took turns; larger is "
+                "better, except for the weight memory.",
+                "## Each task alone, on all cores",
+                _solo_table(result["solo"]),
+                "## Both tasks at once: one engine on all cores, or two on a share of them each",
+                _mixed_table(result["mixed"]),
+                "## Memory",
+                _memory_table(result["memory"]),
+                "## How it was measured",
+                _table(["", ""], list(result["about"].items())),
+            ]
+        )
+        + "\n"
+    )
+
+
+def _ratio_table(found: Mapping[str, float]) -> str:
+    targets = dict.fromkeys(PEER_OF, SOLO_TARGET)
+    targets |= {mixed_name(share): target for share, target in MIXED_TARGETS.items()}
+    rows = [
+        (name, f"{value:.2f}", f">= {targets[name]}" if name in targets else "")
+        for name, value in found.items()
+    ]
+    return _table(["GEM engine / plain vLLM", "ratio", "target"], rows)
+
+
+def _solo_table(solo: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+    rows = []
+    for task, rates in solo.items():
+        cells = [
+            f"{statistics.median(rates[peer]):.1f}" if peer in rates else ""
+            for peer in ("gem", PEER_OF[task], "transformers")
+        ]
+        rows.append((TASK_NAMES[task], UNITS[task], *cells))
+    return _table(["task", "unit", "GEM engine", "plain vLLM", "transformers"], rows)
+
+
+def _mixed_table(mixed: Mapping[str, Mapping[str, Any]]) -> str:
+    rows = [
+        (
+            f"{share} / {100 - int(share)}",
+            load["texts"],
+            load["completions"],
+            f"{statistics.median(load['one']):.1f}",
+            f"{statistics.median(load['two']):.1f}",
+        )
+        for share, load in mixed.items()
+    ]
+    head = ["% embed / generate", "texts", "completions", "one GEM engine, s", "two engines, s"]
+    return _table(head, rows)
+
+
+def _memory_table(memory: Mapping[str, Mapping[str, int]]) -> str:
+    rows = [
+        (name, *(f"{memory[setup][kind] / 1e6:.0f} MB" for setup in ("one", "two")))
+        for kind, name in (("weights", "weights"), ("resident", "all processes, resident"))
+    ]
+    return _table(["", "one GEM engine", "two engines"], rows)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
