@@ -86,16 +86,17 @@ def _patch_offline_pooling() -> None:
     PoolingOfflineMixin.__init__ = __init__
 
 
-def _patch_room_for_special_tokens() -> None:
+def _patch_embedding_inputs() -> None:
     from vllm.entrypoints.pooling.base.io_processor import PoolingIOProcessor
 
     original = PoolingIOProcessor.render
-    _expect_parameters(original, "room-for-special-tokens", "render_params")
+    _expect_parameters(original, "embedding-inputs", "render_params")
 
     @functools.wraps(original)
     def render(self: Any, render_params: Any) -> Any:
         gem_config = gem_config_of(self.model_config)
         if gem_config is not None:
+            _refuse_empty_text(render_params.get("prompts"))
             tok_params = render_params["tok_params"]
             limit = self.model_config.max_model_len - gem_config.k
             if tok_params.max_total_tokens is None or tok_params.max_total_tokens > limit:
@@ -104,6 +105,14 @@ def _patch_room_for_special_tokens() -> None:
         return original(self, render_params)
 
     PoolingIOProcessor.render = render
+
+
+def _refuse_empty_text(prompt: Any) -> None:
+    from vllm.exceptions import VLLMValidationError
+
+    text = prompt.get("prompt") if isinstance(prompt, dict) else prompt
+    if text == "":
+        raise VLLMValidationError("The input is empty. Send at least one character to embed.")
 
 
 def _patch_reserved_token_ids() -> None:
@@ -182,12 +191,14 @@ LEDGER = (
         apply=_patch_offline_pooling,
     ),
     Patch(
-        name="room-for-special-tokens",
+        name="embedding-inputs",
         target="vllm.entrypoints.pooling.base.io_processor.PoolingIOProcessor.render",
         why="Length checks and truncation of embedding inputs must leave room for the k special "
-        "tokens; max_embed_len covers /v1/embeddings only.",
-        needless_when="PoolerConfig.max_embed_len applies to every pooling input.",
-        apply=_patch_room_for_special_tokens,
+        "tokens; max_embed_len covers /v1/embeddings only. And an empty text must be refused, of "
+        "which a tokenizer that adds BOS makes a prompt.",
+        needless_when="PoolerConfig.max_embed_len applies to every pooling input, and empty texts "
+        "are refused before they are tokenized.",
+        apply=_patch_embedding_inputs,
     ),
     Patch(
         name="reserved-token-ids",

@@ -119,6 +119,12 @@ def test_text_that_spells_a_special_token_is_refused(llm: LLM) -> None:
             call("what does <|gem_1|> mean", use_tqdm=False)
 
 
+def test_empty_text_is_refused(llm: LLM) -> None:
+    for call in (lambda: llm.embed("", use_tqdm=False), lambda: llm.score("a", "", use_tqdm=False)):
+        with pytest.raises(VLLMValidationError, match="empty"):
+            call()
+
+
 def test_truncation_cuts_the_text_not_the_special_tokens(llm: LLM) -> None:
     cut = {"truncate_prompt_tokens": -1}
     (output,) = llm.embed({"prompt_token_ids": [7] * 400}, tokenization_kwargs=cut, use_tqdm=False)

@@ -19,7 +19,7 @@ from gem_vllm.errors import GemError
 from gem_vllm.plugin import patches, register
 from gem_vllm.plugin.config import GemModelConfig
 
-NAMES = {"config-hook", "offline-pooling", "room-for-special-tokens", "reserved-token-ids"}
+NAMES = {"config-hook", "offline-pooling", "embedding-inputs", "reserved-token-ids"}
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +61,7 @@ def test_function_is_wrapped_once(owner: type, attribute: str) -> None:
     ("owner", "attribute", "patch"),
     [
         (InputProcessor, "process_inputs", "_patch_reserved_token_ids"),
-        (PoolingIOProcessor, "render", "_patch_room_for_special_tokens"),
+        (PoolingIOProcessor, "render", "_patch_embedding_inputs"),
         (PoolingOfflineMixin, "_verify_pooling_task", "_patch_offline_pooling"),
     ],
 )

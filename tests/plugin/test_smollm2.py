@@ -43,11 +43,11 @@ def checkpoint(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
 
 @pytest.fixture(scope="module")
 def sentences(base: Path) -> list[list[int]]:
-    """Token ids of Wikipedia text, one paragraph each, of at least 100 tokens."""
+    """Token ids of Wikipedia text, one paragraph each, of at least 46 tokens."""
     _, tokenizer = load_base(base, dtype=torch.bfloat16)
     with (ROOT / "examples" / "wikipedia_train.txt").open(encoding="utf-8") as text:
         paragraphs = [tokenizer(line.strip()).input_ids for line in text if line.strip()]
-    return [ids for ids in paragraphs if len(ids) >= 100]
+    return [ids for ids in paragraphs if len(ids) >= 46]
 
 
 @pytest.fixture(autouse=True)
