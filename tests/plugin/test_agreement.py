@@ -27,8 +27,8 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
 
 
 def lengths(k: int) -> list[int]:
-    """1 to the limit, around the KV block of 128 tokens, so that runs cross its border."""
-    return [1, 2, 17, 127 - k, 128 - k, 130 - k, 127, 128, 129, LIMIT - k - 1, LIMIT - k]
+    """1 to the limit, around KV blocks of 32 and 128 tokens, so that runs cross their borders."""
+    return [1, 2, 17, 32, 127 - k, 128 - k, 130 - k, 127, 128, 129, LIMIT - k - 1, LIMIT - k]
 
 
 @pytest.mark.parametrize("k", [1, 4, 10])
@@ -125,7 +125,8 @@ def test_special_tokens_across_chunks(k: int, tiny_checkpoint: Callable[..., Pat
 
 def test_prefix_cache_hits_end_with_the_text(tiny_checkpoint: Callable[..., Path]) -> None:
     folder = tiny_checkpoint("llama", k=10)
-    prompts = random_prompts([128 * n - shift for n in (1, 2, 3) for shift in (0, 5, 9, 10, 11)])
+    block = 32
+    prompts = random_prompts([block * n - shift for n in (1, 2, 6) for shift in (0, 5, 9, 10, 11)])
     expected = ReferenceEmbedder(folder).embed(prompts)
     with running_engine(folder, max_model_len=512, enable_prefix_caching=True) as llm:
         assert cosines(embed(llm, prompts), expected).min() >= 0.9999
@@ -135,20 +136,21 @@ def test_prefix_cache_hits_end_with_the_text(tiny_checkpoint: Callable[..., Path
         cached = [outputs[f"text-{i}"].num_cached_tokens for i in range(len(prompts))]
         again = torch.stack([outputs[f"text-{i}"].outputs.data for i in range(len(prompts))])
         assert cosines(again, expected).min() >= 0.9999
-        assert cached == [len(prompt) // 128 * 128 for prompt in prompts]
+        assert llm.llm_engine.vllm_config.cache_config.block_size == block
+        assert cached == [len(prompt) // block * block for prompt in prompts]
         # The same blocks serve generation.
         chat = run_together(llm, {"chat": (prompts[-1], GREEDY)})["chat"]
-        assert chat.num_cached_tokens == len(prompts[-1]) // 128 * 128
+        assert chat.num_cached_tokens == len(prompts[-1]) // block * block
 
 
 def test_preempted_embeddings_come_out_right(tiny_checkpoint: Callable[..., Path]) -> None:
-    """A KV cache of 8 blocks for requests of 2 and more: some are preempted and start over."""
+    """A KV cache of 32 blocks for requests of 4 to 10: some are preempted and start over."""
     folder = tiny_checkpoint("llama", k=4)
     texts = random_prompts([150, 200, 240, 100, 250, 160])
     expected = ReferenceEmbedder(folder).embed(texts)
     long = SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True)
     chats = random_prompts([100, 110, 120, 90], seed=3)
-    with running_engine(folder, max_model_len=512, num_gpu_blocks_override=8) as llm:
+    with running_engine(folder, max_model_len=512, num_gpu_blocks_override=32) as llm:
         scheduler = llm.llm_engine.engine_core.engine_core.scheduler
         preempted: list[str] = []
         preempt = scheduler._preempt_request
