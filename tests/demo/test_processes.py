@@ -43,7 +43,7 @@ def alive(pid: int) -> bool:
     return state != "Z"
 
 
-def until(condition: Callable[[], bool], seconds: float = 20.0) -> bool:
+def until(condition: Callable[[], bool], seconds: float = 120.0) -> bool:
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -80,7 +80,7 @@ def test_who_ignores_sigterm_is_killed(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(processes, "GRACE_SECONDS", 0.3)
     with process_group([sys.executable, "-c", FAMILY, str(tmp_path / "pids"), "stubborn"]):
         pids = pids_in(tmp_path / "pids")
-    assert not any(map(alive, pids))
+    assert until(lambda: not any(map(alive, pids)))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -89,8 +89,8 @@ def test_a_signal_to_the_owner_ends_them(number: signal.Signals, tmp_path: Path)
     owner = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     pids = pids_in(tmp_path / "pids")
     owner.send_signal(number)
-    assert owner.wait(timeout=30) != 0
-    assert until(lambda: not any(map(alive, pids)), seconds=2)
+    assert owner.wait(timeout=120) != 0
+    assert until(lambda: not any(map(alive, pids)), seconds=30)
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.05, 0.1, 0.2, 0.3])
@@ -101,13 +101,13 @@ def test_ctrl_c_at_any_moment_leaves_nothing(delay: float, tmp_path: Path) -> No
     time.sleep(delay)
     owner.send_signal(signal.SIGINT)
     owner.send_signal(signal.SIGINT)
-    owner.wait(timeout=30)
+    owner.wait(timeout=120)
 
     def left() -> bool:
         listing = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)
         return mark in listing.stdout
 
-    assert until(lambda: not left(), seconds=2)
+    assert until(lambda: not left(), seconds=30)
 
 
 def test_output_goes_to_the_log(tmp_path: Path) -> None:
