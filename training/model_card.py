@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import subprocess
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,7 @@ tags:
 ---
 # {name}
 
-A GEM checkpoint: the language model {base}, which also gives text embeddings, by {k} special
-token{plural} ({pooling} pooling). {mode}
+{summary}
 
 | | |
 |---|---|
@@ -35,6 +35,10 @@ token{plural} ({pooling} pooling). {mode}
 {command}
 ```
 """
+SUMMARY = (
+    "A GEM checkpoint: the language model {base}, which also gives text embeddings, by {k} special "
+    "token{plural} ({pooling} pooling). {mode}"
+)
 MODES = {
     "adapter": "The base's weights are unchanged: trained are the special tokens and a LoRA that "
     "acts on them alone, so it chats as the base does.",
@@ -54,13 +58,18 @@ def write_model_card(
 
     log_history: what ``Trainer`` logged, one dict a log, in order. commit: of the source that ran.
     """
-    card = CARD.format(
-        name=options.out.resolve().name,
-        base=options.base.resolve().name,
+    base = options.base.resolve().name
+    summary = SUMMARY.format(
+        base=base,
         k=options.special_tokens,
         plural="" if options.special_tokens == 1 else "s",
         pooling=options.pooling,
         mode=MODES[options.mode],
+    )
+    card = CARD.format(
+        name=options.out.resolve().name,
+        base=base,
+        summary=textwrap.fill(summary, width=100),
         data=", ".join(f"`{Path(spec).name}`" for spec in options.data),
         steps=options.steps,
         batch=options.batch_size,
