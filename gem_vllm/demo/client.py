@@ -15,7 +15,7 @@ from gem_vllm.demo.server import SERVED_NAME
 from gem_vllm.errors import GemError
 
 STEPS_METRIC = "gem_steps_total"
-MAX_ANSWER_TOKENS = 64
+MAX_ANSWER_TOKENS = 80
 
 
 @dataclass

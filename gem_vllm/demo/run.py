@@ -40,14 +40,14 @@ TRAIN_TOKENS = 32
 DROP_RATE = 0.3
 # Forward passes of the tokens that a training step costs: 1, and the backward pass.
 STEP_COST = 1.3
-STEPS_AT_LEAST, STEPS_AT_MOST = 6, 300
+STEPS_AT_LEAST, STEPS_AT_MOST = 10, 300
 RETRIEVED = 3
 RUN_MARK = ".gem-vllm-demo"
 BACKGROUND_REQUESTS = 2
 QUESTIONS = (
     "How were Viking chiefs buried?",
-    "Which bread was inspired by the Bible?",
     "Which company makes sunglasses for fishing and boating?",
+    "What was the first eco-friendly mosque in Europe?",
 )
 SYSTEM_PROMPT = "Answer the question from the passages, in one short sentence."
 
