@@ -25,7 +25,7 @@ def dropout_pair(
 def span_pair(token_ids: list[int], rng: random.Random) -> tuple[list[int], list[int]]:
     """Two random spans of one text, each of 8 to 64 tokens, which may overlap (ours).
 
-    Lengths are log-uniform, so that short texts, which queries are, come often enough.
+    Lengths are uniform: short spans name a text's topic, long ones say what it says of it.
     """
     return _span(token_ids, rng), _span(token_ids, rng)
 
@@ -33,6 +33,6 @@ def span_pair(token_ids: list[int], rng: random.Random) -> tuple[list[int], list
 def _span(token_ids: list[int], rng: random.Random) -> list[int]:
     longest = min(MAX_SPAN_TOKENS, len(token_ids))
     shortest = min(MIN_SPAN_TOKENS, longest)
-    length = round(shortest * (longest / shortest) ** rng.random())
+    length = rng.randint(shortest, longest)
     start = rng.randrange(len(token_ids) - length + 1)
     return token_ids[start : start + length]

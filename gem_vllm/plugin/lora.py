@@ -41,13 +41,14 @@ def _special_lora(
     Args:
         output: [tokens, out], the layer's own result.
         x: [tokens, in], the layer's input.
-        lora_a: [r, in].
-        lora_b: [out, r], scaled by alpha / r.
+        lora_a: [in, r], A transposed.
+        lora_b: [r, out], B transposed, scaled by alpha / r.
     """
     step = gem_step.current()
     if step is not None:
-        delta = x[step.rows] @ lora_a.t() @ lora_b.t()
-        output.index_add_(0, step.rows, delta)
+        # The few rows of a step make this a matter of calls, not of arithmetic.
+        special = x.index_select(0, step.rows)
+        output.index_add_(0, step.rows, special.mm(lora_a).mm(lora_b))
 
 
 def _special_lora_fake(
@@ -80,7 +81,10 @@ class SpecialLoRALinearMethod(LinearMethodBase):
         self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         output = self.base.apply(layer, x, bias)
-        torch.ops.vllm.gem_special_lora(output, x, layer.gem_lora_a, layer.gem_lora_b)
+        # A custom op where the graph is traced, which must not look into the step.
+        tracing = torch.compiler.is_compiling()
+        add = torch.ops.vllm.gem_special_lora if tracing else _special_lora
+        add(output, x, layer.gem_lora_a, layer.gem_lora_b)
         return output
 
 
@@ -108,8 +112,9 @@ def attach_adapter(
         if any(pair is not None for pair in shards):
             lora_a, lora_b = _pack(layer, shards, scale)
             device = layer.weight.device
-            layer.register_buffer("gem_lora_a", lora_a.to(device, dtype), persistent=False)
-            layer.register_buffer("gem_lora_b", lora_b.to(device, dtype), persistent=False)
+            for side, weight in (("gem_lora_a", lora_a), ("gem_lora_b", lora_b)):
+                transposed = weight.t().to(device, dtype).contiguous()
+                layer.register_buffer(side, transposed, persistent=False)
             layer.quant_method = SpecialLoRALinearMethod(layer.quant_method)
     if pairs:
         raise GemConfigError(

@@ -15,6 +15,7 @@ from vllm.config import VllmConfig
 
 from gem_vllm.config import SUPPORTED_ARCHITECTURES, GemConfig, base_architecture
 from gem_vllm.plugin.attention import register_attention
+from gem_vllm.plugin.last_layer import LastLayerMLP, wrap_last_mlp
 from gem_vllm.plugin.lora import attach_adapter
 
 ADAPTER_FOLDER = "gem_adapter"
@@ -32,9 +33,11 @@ class GemCausalLM(_Base):
         logits_rows: int64 [n] rows whose logits the next `compute_logits` call needs, all others
             belong to embedding requests; None for every row. The runner sets it for each step,
             `compute_logits` uses it once.
+        last_mlp: the last layer's MLP, of which the runner says which rows are read.
     """
 
     logits_rows: torch.Tensor | None = None
+    last_mlp: LastLayerMLP
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         register_attention()
@@ -43,7 +46,7 @@ class GemCausalLM(_Base):
         self._model_config = vllm_config.model_config
 
     def process_weights_after_loading(self) -> None:
-        """vLLM's hook after loading: attach the adapter, where the checkpoint has one."""
+        """vLLM's hook after loading: attach the adapter, where there is one; wrap the last MLP."""
         if self.gem_config.train_mode == "adapter":
             attach_adapter(
                 self,
@@ -51,6 +54,7 @@ class GemCausalLM(_Base):
                 _adapter_folder(self._model_config.model, self._model_config.revision),
                 self._model_config.dtype,
             )
+        self.last_mlp = wrap_last_mlp(self)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Logits with the special tokens at -inf: no sampling mode can emit them.

@@ -57,6 +57,7 @@ class GemModelRunner(_Runner):
             return super().execute_model(*args, **kwargs)
         finally:
             gem_step.publish(None)
+            self.model.last_mlp.read_rows = None
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
         for request_id in scheduler_output.finished_req_ids:
@@ -94,7 +95,22 @@ class GemModelRunner(_Runner):
                 self.device,
             )
         gem_step.publish(self._gem_step)
+        num_tokens = int(num_scheduled_tokens.sum())
+        self.model.last_mlp.read_rows = self._read_rows(prepared[0], num_tokens)
         return prepared
+
+    def _read_rows(self, logits_indices: torch.Tensor, num_tokens: int) -> torch.Tensor | None:
+        """Rows of the last layer that are read: special tokens, then rows to sample from.
+
+        None for all, where most are read, or may be: prompt logprobs read a whole prompt.
+        """
+        if self.num_prompt_logprobs or 2 * len(logits_indices) > num_tokens:
+            return None
+        sampled = logits_indices.long()
+        if self._gem_step is None:
+            return sampled
+        special = self._gem_step.rows
+        return torch.cat([special, sampled[~torch.isin(sampled, special)]])
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         """Sample for the generating rows, pool for the finished embedding rows."""

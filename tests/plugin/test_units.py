@@ -18,6 +18,8 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request
 
 from gem_vllm.config import GemConfig
+from gem_vllm.plugin import step as gem_step
+from gem_vllm.plugin.last_layer import LastLayerMLP
 from gem_vllm.plugin.metrics import STEP_KINDS, attach_step_counts, take_step_counts
 from gem_vllm.plugin.pooler import pool_special_tokens
 from gem_vllm.plugin.scheduler import append_special_tokens
@@ -66,6 +68,35 @@ def test_special_tokens_go_behind_the_prompt(text_len: int) -> None:
         first.block_hashes[:text_blocks] == plain.block_hashes == second.block_hashes[:text_blocks]
     )
     assert not set(first.block_hashes[text_blocks:]) & set(second.block_hashes[text_blocks:])
+
+
+def test_the_last_mlp_computes_the_rows_that_are_read() -> None:
+    seen = []
+
+    class MLP(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            """As a layer with the adapter: adds 100 at the step's special rows."""
+            seen.append(len(x))
+            step = gem_step.current()
+            y = 2 * x
+            if step is not None:
+                y[step.rows] += 100
+            return y
+
+    mlp, x = LastLayerMLP(MLP()), torch.arange(12.0)[:, None]
+    step = step_of([1], [(9, 12, 1), (11, 0, 11)], k=2)
+    gem_step.publish(step)
+    try:
+        every_row = mlp(x)
+        mlp.read_rows = torch.tensor([10, 11, 0])
+        read = mlp(x)
+        assert gem_step.current() is step, "the attention of later layers needs the step's own rows"
+    finally:
+        gem_step.publish(None)
+    assert seen == [12, 3]
+    assert torch.equal(read[[0, 10, 11]], every_row[[0, 10, 11]])
+    assert read[[10, 11]].flatten().tolist() == [120, 122]
+    assert not read[1:10].any()
 
 
 def test_pooling() -> None:

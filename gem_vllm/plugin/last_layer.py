@@ -1,0 +1,55 @@
+"""The last layer's MLP for the rows that are read, and for no others.
+
+What is read of the last layer's result are the rows that a token is sampled from and the special
+tokens' rows: of a text of m tokens one row, or k. The rows of the other tokens end with their keys
+and values, which the attention before this MLP has written. Saved is the MLP's share of one layer
+in every prefill, of both kinds of request.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from gem_vllm.plugin import step as gem_step
+
+
+class LastLayerMLP(nn.Module):
+    """In the place of the last decoder layer's `mlp`.
+
+    Compiled models compute every row: the rows that are read change their number in every step.
+
+    Attributes:
+        read_rows: int64 [n] rows whose result is read, those of special tokens first and in the
+            order of the step's; None for every row. The runner sets it for each step.
+    """
+
+    read_rows: torch.Tensor | None = None
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`mlp` of x [tokens, hidden]; zero in rows that nobody reads."""
+        rows = self.read_rows
+        if rows is None or torch.compiler.is_compiling():
+            return self.mlp(x)
+        step = gem_step.current()
+        if step is not None:
+            gem_step.publish(replace(step, rows=torch.arange(len(step.rows), device=x.device)))
+        try:
+            computed = self.mlp(x[rows])
+        finally:
+            gem_step.publish(step)
+        return torch.zeros_like(x).index_copy_(0, rows, computed)
+
+
+def wrap_last_mlp(model: Any) -> LastLayerMLP:
+    """Put a `LastLayerMLP` into a vLLM decoder; for a model with its weights loaded."""
+    layer = model.model.layers[-1]
+    layer.mlp = LastLayerMLP(layer.mlp)
+    return layer.mlp
