@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from gem_vllm.errors import GemError
+from gem_vllm.training.held_out import spearman
 
 REQUEST_TEXTS = 64
 
@@ -103,17 +104,6 @@ def embed_by_server(url: str, model: str, texts: list[str]) -> torch.Tensor:
             data = sorted(reply.json()["data"], key=lambda item: item["index"])
             rows += [item["embedding"] for item in data]
     return torch.tensor(rows)
-
-
-def spearman(first: torch.Tensor, second: torch.Tensor) -> float:
-    """Pearson's correlation of average ranks."""
-    return float(torch.corrcoef(torch.stack([average_ranks(first), average_ranks(second)]))[0, 1])
-
-
-def average_ranks(values: torch.Tensor) -> torch.Tensor:
-    """Ranks from 0, float64 [n]; equal values share the mean of theirs."""
-    _, group, counts = values.double().unique(return_inverse=True, return_counts=True)
-    return (counts.cumsum(0) - (counts + 1) / 2)[group]
 
 
 if __name__ == "__main__":

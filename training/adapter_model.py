@@ -36,9 +36,15 @@ class AdapterModel(GemTrainingModel):
     lm: PeftModel
 
     def __init__(
-        self, lm: PeftModel, special_ids: tuple[int, ...], pooling: str, *, symmetric: bool
+        self,
+        lm: PeftModel,
+        special_ids: tuple[int, ...],
+        pooling: str,
+        *,
+        scale: float,
+        symmetric: bool,
     ) -> None:
-        super().__init__(lm, special_ids, pooling, symmetric=symmetric)
+        super().__init__(lm, special_ids, pooling, scale=scale, symmetric=symmetric)
         self.k = len(special_ids)
 
     def train(self, mode: bool = True) -> AdapterModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -26,9 +27,10 @@ class TrainBatches(IterableDataset):
     ``cl_lengths`` [2N], N anchors and then their N positives; where alpha < 1, ``ntp_ids`` and
     ``ntp_lengths``, N rows of mixed next-token prediction. Rows are right-padded.
 
-    Several sources take turns, one batch each. ``mix`` alternates spans (from the first source) and
-    dropout (from the last), one batch each. What is random in step s is drawn from (seed, s), and
-    texts are read again from the start when they run out, in another order.
+    Several sources take turns, one batch each. ``mix`` takes a share of its batches from the first
+    source, as spans, and the others from the last, with dropout, evenly spread. What is random in
+    step s is drawn from (seed, s), and texts are read again from the start when they run out, in
+    another order.
     """
 
     def __init__(self, options: TrainOptions, tokenizer: Any, special_ids: tuple[int, ...]) -> None:
@@ -64,7 +66,9 @@ class TrainBatches(IterableDataset):
     def _turn(self, step: int) -> tuple[str, int]:
         kind, last = self.options.positives, len(self.sources) - 1
         if kind == "mix":
-            return ("spans", 0) if step % 2 == 0 else ("dropout", last)
+            share = self.options.span_share
+            spans = math.ceil((step + 1) * share) > math.ceil(step * share)
+            return ("spans", 0) if spans else ("dropout", last)
         return kind, step % len(self.sources)
 
     def _contents(self, index: int) -> Iterator[list[int]]:
@@ -107,7 +111,9 @@ class TrainBatches(IterableDataset):
             pairs = [
                 span_pair(content, rng)
                 if kind == "spans"
-                else dropout_pair(content, options.drop_rate, rng)
+                else dropout_pair(
+                    content, options.drop_rate, rng, anchor_rate=options.anchor_drop_rate
+                )
                 for content in contents
             ]
             rows = [self.template.wrap(pair[side]) for side in (0, 1) for pair in pairs]

@@ -61,17 +61,25 @@ class TextSource:
 
 
 def _read_file(path: Path, field: str) -> Iterator[str]:
-    opener: Callable[..., Any] = gzip.open if path.name.endswith(".gz") else open
     is_json = ".jsonl" in path.suffixes[-2:]
+    for number, line in read_lines(path):
+        text = _json_text(line, field, f"{path}, line {number}") if is_json else line
+        if text:
+            yield text
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Lines of a text file, also .gz, that are not blank, stripped, with their numbers from 1.
+
+    Raises GemError, with the line before, for what cannot be read.
+    """
+    opener: Callable[..., Any] = gzip.open if path.name.endswith(".gz") else open
     number = 0
     try:
         with opener(path, "rt", encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
-                if not (line := line.strip()):
-                    continue
-                text = _json_text(line, field, f"{path}, line {number}") if is_json else line
-                if text:
-                    yield text
+                if line := line.strip():
+                    yield number, line
     except UnicodeDecodeError as error:
         raise GemError(f"{path}, after line {number}: not UTF-8 text; convert it first") from error
     except (EOFError, OSError, zlib.error) as error:

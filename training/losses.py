@@ -13,8 +13,8 @@ import torch.nn.functional as F
 
 AlphaSchedule = Literal["step", "linear", "constant"]
 
-INITIAL_LOG_TEMPERATURE = math.log(20.0)
-MAX_LOG_TEMPERATURE = math.log(100.0)
+MAX_SCALE = 100.0
+MAX_LOG_TEMPERATURE = math.log(MAX_SCALE)
 
 
 def pool(hidden: torch.Tensor, pooling: str) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +12,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from gem_vllm.training.losses import INITIAL_LOG_TEMPERATURE, info_nce, next_token_loss, pool
+from gem_vllm.training.losses import info_nce, next_token_loss, pool
 from gem_vllm.training.sequences import IGNORE, next_token_targets
 
 
@@ -28,6 +29,7 @@ class GemTrainingModel(nn.Module, ABC):
         special_ids: tuple[int, ...],
         pooling: str,
         *,
+        scale: float,
         symmetric: bool,
     ) -> None:
         super().__init__()
@@ -35,7 +37,7 @@ class GemTrainingModel(nn.Module, ABC):
         self.special_ids = special_ids
         self.pooling = pooling
         self.symmetric = symmetric
-        self.log_temperature = nn.Parameter(torch.tensor(INITIAL_LOG_TEMPERATURE))
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(scale)))
         self.config = self.base.config.get_text_config()
         if getattr(self.config, "attn_logit_softcapping", None) is not None:
             self.base.set_attn_implementation("eager")  # no other has it with gradients

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gem_vllm.training.options import FREE_ON_RESUME, TrainOptions, flag
+from gem_vllm.training.trainer import SPEARMAN
 
 CARD = """\
 ---
@@ -29,7 +30,7 @@ tags:
 | Base | {base} |
 | Data | {data} |
 | Steps | {steps} of {batch} texts |
-{losses}| Software | gem-vllm{commit} |
+{losses}{held_out}| Software | gem-vllm{commit} |
 
 ```
 {command}
@@ -78,6 +79,7 @@ def write_model_card(
             for name, title in LOSSES.items()
             if (row := _first_and_last([log[name] for log in log_history if name in log]))
         ),
+        held_out=_held_out(options, log_history),
         commit=f" at commit {commit}" if commit else "",
         command=command_line(options),
     )
@@ -90,12 +92,14 @@ def command_line(options: TrainOptions) -> str:
     for spec in options.data:
         words += [flag("data"), Path(spec).name]
     words += [flag("out"), options.out.name]
+    if options.held_out_pairs is not None:
+        words += [flag("held_out_pairs"), Path(options.held_out_pairs).name]
     defaults = TrainOptions(
         base=options.base, data=options.data, out=options.out, mode=options.mode
     )
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
-        if field.name in {"base", "data", *FREE_ON_RESUME}:
+        if field.name in {"base", "data", "held_out_pairs", *FREE_ON_RESUME}:
             continue
         if field.name == "mode" or value != getattr(defaults, field.name):
             words += [flag(field.name)] if value is True else [flag(field.name), str(value)]
@@ -121,6 +125,17 @@ def source_commit() -> str | None:
         return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
     except (FileNotFoundError, subprocess.CalledProcessError):
         return None
+
+
+def _held_out(options: TrainOptions, log_history: Sequence[dict[str, Any]]) -> str:
+    found = [(log[SPEARMAN], log["step"]) for log in log_history if SPEARMAN in log]
+    if options.held_out_pairs is None or not found:
+        return ""
+    best, step = max(found)
+    return (
+        f"| Held-out pairs | `{Path(options.held_out_pairs).name}`: Spearman {best:.4f} at step "
+        f"{step}, the best of {len(found)} checkpoints, which this is |\n"
+    )
 
 
 def _first_and_last(values: list[float]) -> str:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from gem_vllm.config import MAX_SPECIAL_TOKENS
 from gem_vllm.errors import GemError
-from gem_vllm.training.losses import AlphaSchedule
+from gem_vllm.training.losses import MAX_SCALE, AlphaSchedule
 from gem_vllm.training.positives import MIN_SPAN_TOKENS, Positives
 
 TrainMode = Literal["adapter", "full", "lora"]
@@ -41,6 +41,7 @@ class TrainOptions:
     special_tokens: int = 1
     pooling: str = "mean"
     text_field: str = "text"
+    held_out_pairs: str | None = None
     steps: int = 1000
     batch_size: int = 32
     max_tokens: int = 512
@@ -53,6 +54,9 @@ class TrainOptions:
     # Contrastive.
     positives: Positives = "dropout"
     drop_rate: float = 0.3
+    anchor_drop_rate: float = 0.0
+    span_share: float = 0.5
+    scale: float = 20.0
     symmetric: bool = False
     contrastive_learning_rate: float | None = None
     # How the two are weighed.
@@ -123,11 +127,15 @@ class TrainOptions:
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise GemError(f"{flag(name)} must be at least {least}")
-        for name in ("raw_share", "reconstruction_share", "alpha", "warmup_share"):
+        for name in ("raw_share", "reconstruction_share", "alpha", "warmup_share", "span_share"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise GemError(f"{flag(name)} must be from 0 to 1")
         if not 0.0 < self.drop_rate < 1.0:
             raise GemError("--drop-rate must be between 0 and 1: the share of tokens dropped")
+        if not 0.0 <= self.anchor_drop_rate < 1.0:
+            raise GemError("--anchor-drop-rate must be at least 0 and less than 1")
+        if not 1.0 <= self.scale <= MAX_SCALE:
+            raise GemError(f"--scale must be from 1 to {MAX_SCALE:g}")
         for name in ("ntp_learning_rate", "contrastive_learning_rate", "max_grad_norm"):
             if getattr(self, name) <= 0.0:
                 raise GemError(f"{flag(name)} must be greater than 0")

@@ -12,14 +12,21 @@ MAX_SPAN_TOKENS = 64
 
 
 def dropout_pair(
-    token_ids: list[int], rate: float, rng: random.Random
+    token_ids: list[int], rate: float, rng: random.Random, *, anchor_rate: float = 0.0
 ) -> tuple[list[int], list[int]]:
     """A text, and the same text with a share ``rate`` of its tokens dropped (the paper, 3.3).
 
-    Each token is dropped independently; one token at least is kept.
+    Each token is dropped independently; one token at least is kept. With ``anchor_rate`` the text
+    itself loses tokens, too (ours): where both sides lack something, neither holds the other.
     """
+    return _dropped(token_ids, anchor_rate, rng), _dropped(token_ids, rate, rng)
+
+
+def _dropped(token_ids: list[int], rate: float, rng: random.Random) -> list[int]:
+    if rate == 0.0:
+        return token_ids
     kept = [token for token in token_ids if rng.random() >= rate]
-    return token_ids, kept or [rng.choice(token_ids)]
+    return kept or [rng.choice(token_ids)]
 
 
 def span_pair(token_ids: list[int], rng: random.Random) -> tuple[list[int], list[int]]:

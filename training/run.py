@@ -20,10 +20,11 @@ from gem_vllm.folders import check_writable
 from gem_vllm.training.adapter_model import AdapterModel, add_adapter
 from gem_vllm.training.batches import TrainBatches
 from gem_vllm.training.dense_model import DenseModel
+from gem_vllm.training.held_out import HeldOutPairs
 from gem_vllm.training.model import GemTrainingModel
 from gem_vllm.training.model_card import source_commit, write_model_card
 from gem_vllm.training.options import TrainOptions, flag
-from gem_vllm.training.trainer import GemTrainer, whole_checkpoints
+from gem_vllm.training.trainer import SPEARMAN, GemTrainer, whole_checkpoints
 from gem_vllm.weights import EMBEDDING, read_tensor, weights_size
 
 OPTIONS_FILE = "options.json"
@@ -47,8 +48,9 @@ def train(
     """
     _check_processes()
     commit = source_commit()
-    start = _prepare_folders(options, resume=resume, overwrite=overwrite)
+    _check_folders(options, resume=resume, overwrite=overwrite)
     trainer, tokenizer, gem_config = make_trainer(options, progress=progress)
+    start = _start_run(options, resume=resume)
     if start is not None:
         trainer.train_dataset.start_step = int(start.name.rpartition("-")[2])
     try:
@@ -84,9 +86,19 @@ def make_trainer(options: TrainOptions, *, progress: bool = True):
     plain_tokenizer = AutoTokenizer.from_pretrained(options.base)
     batches = TrainBatches(options, plain_tokenizer, special_ids)
     batches.check()
+    held_out = None
+    if options.held_out_pairs is not None:
+        held_out = HeldOutPairs(
+            Path(options.held_out_pairs), plain_tokenizer, batches.template, batches.max_content
+        )
     arguments = training_arguments(options, bf16=dtype == torch.bfloat16)
     trainer = GemTrainer(
-        build_model(model, special_ids, options), batches, options, arguments, progress=progress
+        build_model(model, special_ids, options),
+        batches,
+        options,
+        arguments,
+        held_out=held_out,
+        progress=progress,
     )
     base_name = options.base.resolve().name
     return (
@@ -101,10 +113,12 @@ def build_model(
 ) -> GemTrainingModel:
     """The training model of ``options.mode`` over a base with its special tokens."""
     if options.mode == "full":
-        return DenseModel(model, special_ids, options.pooling, symmetric=options.symmetric)
+        return DenseModel(
+            model, special_ids, options.pooling, scale=options.scale, symmetric=options.symmetric
+        )
     kind = AdapterModel if options.mode == "adapter" else DenseModel
     lm = add_adapter(model, special_ids, rank=options.lora_rank, alpha=options.lora_alpha)
-    return kind(lm, special_ids, options.pooling, symmetric=options.symmetric)
+    return kind(lm, special_ids, options.pooling, scale=options.scale, symmetric=options.symmetric)
 
 
 def training_arguments(options: TrainOptions, *, bf16: bool) -> TrainingArguments:
@@ -124,6 +138,12 @@ def training_arguments(options: TrainOptions, *, bf16: bool) -> TrainingArgument
         report_to=["tensorboard"],
         save_steps=options.save_every,
         save_total_limit=options.keep_checkpoints,
+        # With held-out pairs: a score with every checkpoint, and the best one is the result.
+        eval_strategy="no" if options.held_out_pairs is None else "steps",
+        eval_steps=options.save_every,
+        load_best_model_at_end=options.held_out_pairs is not None,
+        metric_for_best_model=SPEARMAN,
+        greater_is_better=True,
         seed=options.seed,
         ignore_data_skip=True,  # the data set itself starts where the checkpoint ends
         use_cpu=not torch.cuda.is_available(),
@@ -153,8 +173,8 @@ def _save(trainer: GemTrainer, tokenizer, gem_config: GemConfig) -> None:
     save_checkpoint(options.out, lm, tokenizer, gem_config)
 
 
-def _prepare_folders(options: TrainOptions, *, resume: bool, overwrite: bool) -> Path | None:
-    """Check --out and the run's folder; return the checkpoint to continue from, if any."""
+def _check_folders(options: TrainOptions, *, resume: bool, overwrite: bool) -> None:
+    """Raise GemError where --base, --out or the run's folder is not what the run needs."""
     run = options.run_folder
     if resume and overwrite:
         raise GemError("give --resume or --overwrite, not both")
@@ -168,19 +188,23 @@ def _prepare_folders(options: TrainOptions, *, resume: bool, overwrite: bool) ->
         )
     check_writable(options.out, weight_bytes=weights_size(options.base))
     recorded = run / OPTIONS_FILE
-    if overwrite and run.exists():
-        if not recorded.is_file():
-            raise GemError(
-                f"{run} is no folder of a training run; remove it, or choose another --out"
-            )
-        shutil.rmtree(run)
+    if overwrite and run.exists() and not recorded.is_file():
+        raise GemError(f"{run} is no folder of a training run; remove it, or choose another --out")
     if resume and recorded.is_file():
         differs = options.difference(json.loads(recorded.read_text(encoding="utf-8")))
         if differs:
             flags = ", ".join(flag(name) for name in differs)
             raise GemError(f"--resume needs the options of the run's start; these differ: {flags}")
+
+
+def _start_run(options: TrainOptions, *, resume: bool) -> Path | None:
+    """Make the run's folder, anew or to go on; return the checkpoint to continue from, if any."""
+    run = options.run_folder
+    if run.exists() and not resume:
+        shutil.rmtree(run)
     run.mkdir(parents=True, exist_ok=True)
-    recorded.write_text(json.dumps(options.to_dict(), indent=2) + "\n", encoding="utf-8")
+    record = json.dumps(options.to_dict(), indent=2) + "\n"
+    (run / OPTIONS_FILE).write_text(record, encoding="utf-8")
     whole = whole_checkpoints(run)
     for partial in set(run.glob("checkpoint-*")).difference(whole):
         shutil.rmtree(partial)

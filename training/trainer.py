@@ -20,14 +20,17 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import IntervalStrategy
 
 from gem_vllm.errors import GemError
 from gem_vllm.training.batches import TrainBatches
+from gem_vllm.training.held_out import HeldOutPairs
 from gem_vllm.training.losses import MAX_LOG_TEMPERATURE, alpha_at
 from gem_vllm.training.model import GemTrainingModel
 from gem_vllm.training.options import TrainOptions
 
 WHOLE = "whole.json"
+SPEARMAN = "eval_spearman"
 
 
 class GemTrainer(Trainer):
@@ -40,10 +43,14 @@ class GemTrainer(Trainer):
         options: TrainOptions,
         args: TrainingArguments,
         *,
+        held_out: HeldOutPairs | None = None,
         progress: bool = True,
     ) -> None:
-        super().__init__(model=model, args=args, train_dataset=batches)
+        super().__init__(
+            model=model, args=args, train_dataset=batches, eval_dataset=[] if held_out else None
+        )
         self.options = options
+        self.held_out = held_out
         self._window: dict[str, list[float]] = {}
         self._window_tokens = 0
         self._window_start = time.perf_counter()
@@ -52,6 +59,7 @@ class GemTrainer(Trainer):
         self._bar = LossProgress()
         if progress:
             self.add_callback(self._bar)
+        self.add_callback(EvaluateLast)
         self.add_callback(MarkWhole)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -93,6 +101,18 @@ class GemTrainer(Trainer):
         )
         return outputs["loss"]
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Spearman's correlation on the held-out pairs."""
+        assert self.held_out is not None
+        started = time.perf_counter()
+        metrics = {SPEARMAN: self.held_out.spearman(self.model)}
+        self._window_start += time.perf_counter() - started
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the two losses, the temperature and tokens/s since the last log."""
         if "loss" in logs:
@@ -127,7 +147,7 @@ def learning_rate_at(step: int, options: TrainOptions) -> float:
 class LossProgress(ProgressCallback):
     """A bar with steps, remaining time, the losses and tokens/s."""
 
-    SHOWN = ("loss_ntp", "loss_cl", "tokens_per_s")
+    SHOWN = ("loss_ntp", "loss_cl", SPEARMAN, "tokens_per_s")
 
     def on_log(
         self,
@@ -146,6 +166,17 @@ class LossProgress(ProgressCallback):
         """Leave the bar as it is, on a line of its own."""
         if self.training_bar is not None:
             self.training_bar.close()
+
+
+class EvaluateLast(TrainerCallback):
+    """Where checkpoints are scored, score the last one too, whatever step it is of."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Ask for an evaluation at the run's end."""
+        if args.eval_strategy != IntervalStrategy.NO and state.global_step >= state.max_steps:
+            control.should_evaluate = True
 
 
 class MarkWhole(TrainerCallback):

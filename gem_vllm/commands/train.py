@@ -74,6 +74,13 @@ def train(
     text_field: Annotated[
         str, typer.Option(help="The field of a .jsonl file or a dataset that holds the text.")
     ] = "text",
+    held_out_pairs: Annotated[
+        str | None,
+        typer.Option(
+            help="A .jsonl file, also .gz, with sentence1, sentence2 and score: every checkpoint "
+            "is scored on it (Spearman), and the best one is the result.",
+        ),
+    ] = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 1000,
     batch_size: Annotated[
         int, typer.Option(help="Texts a step; each text's negatives are the other texts.")
@@ -89,13 +96,28 @@ def train(
         Positives,
         typer.Option(
             help="A text's positive: itself with tokens dropped; or two spans of it; or batches of "
-            "both in turn (mix: spans of the first --data, dropout of the last).",
+            "both (mix: spans of the first --data, dropout of the last).",
             rich_help_panel=_CONTRASTIVE,
         ),
     ] = Positives.dropout,
     drop_rate: Annotated[
-        float, typer.Option(help="Share of tokens dropped.", rich_help_panel=_CONTRASTIVE)
+        float,
+        typer.Option(help="Share of a positive's tokens dropped.", rich_help_panel=_CONTRASTIVE),
     ] = 0.3,
+    anchor_drop_rate: Annotated[
+        float,
+        typer.Option(help="Share of the text's own tokens dropped.", rich_help_panel=_CONTRASTIVE),
+    ] = 0.0,
+    span_share: Annotated[
+        float, typer.Option(help="Of mix, the share of spans.", rich_help_panel=_CONTRASTIVE)
+    ] = 0.5,
+    scale: Annotated[
+        float,
+        typer.Option(
+            help="What cosines are multiplied by at first (1 / temperature); it is trained, too.",
+            rich_help_panel=_CONTRASTIVE,
+        ),
+    ] = 20.0,
     symmetric: Annotated[
         bool,
         typer.Option(
@@ -202,6 +224,7 @@ def train(
         special_tokens=special_tokens,
         pooling=pooling.value,
         text_field=text_field,
+        held_out_pairs=held_out_pairs,
         steps=steps,
         batch_size=batch_size,
         max_tokens=max_tokens,
@@ -212,6 +235,9 @@ def train(
         ntp_learning_rate=ntp_learning_rate,
         positives=positives.value,
         drop_rate=drop_rate,
+        anchor_drop_rate=anchor_drop_rate,
+        span_share=span_share,
+        scale=scale,
         symmetric=symmetric,
         contrastive_learning_rate=contrastive_learning_rate,
         alpha_schedule=None if alpha_schedule is None else alpha_schedule.value,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,12 @@ def test_mix_takes_turns(make: Make, texts: Path, tmp_path: Path) -> None:
     for step, batch in enumerate(batches):
         anchors = {tuple(row) for row in batch["cl_ids"][:16].tolist()}
         assert (len(anchors) == 1) == (step % 2 == 1), "dropout has the one text of the other file"
+
+
+@pytest.mark.parametrize(("share", "spans"), [(0.0, []), (0.25, [0, 4, 8]), (1.0, range(12))])
+def test_shares_of_the_mix(make: Make, share: float, spans: Iterable[int]) -> None:
+    batches = make(positives="mix", span_share=share)
+    assert [step for step in range(12) if batches._turn(step)[0] == "spans"] == list(spans)
 
 
 def test_too_few_texts_are_refused(make: Make, tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 
 from gem_vllm.training.losses import (
-    INITIAL_LOG_TEMPERATURE,
     alpha_at,
     info_nce,
     next_token_loss,
@@ -25,7 +24,7 @@ def unit(*shape: int, seed: int) -> torch.Tensor:
 
 def test_info_nce_is_its_formula() -> None:
     anchors, positives = unit(5, 8, seed=0), unit(5, 8, seed=1)
-    scale = torch.tensor(INITIAL_LOG_TEMPERATURE)
+    scale = torch.tensor(math.log(20.0))
     by_hand = 0.0
     for i in range(5):
         scores = [20.0 * float(anchors[i] @ positives[j]) for j in range(5)]

@@ -34,7 +34,7 @@ def make_model(base: Path, kind: type[GemTrainingModel], pooling: str = "mean") 
         for name, parameter in lm.named_parameters():
             if "lora_B" in name:
                 parameter.data.normal_(0, 0.1, generator=random)
-    return kind(lm, ids, pooling, symmetric=False), tokenizer
+    return kind(lm, ids, pooling, scale=20.0, symmetric=False), tokenizer
 
 
 def make_oracle(model: GemTrainingModel, tokenizer: Any, folder: Path) -> ReferenceEmbedder:

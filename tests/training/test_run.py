@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import scipy.stats
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -205,6 +206,78 @@ def test_model_card(options: TrainOptions) -> None:
     )
     assert "--alpha 0.5" in command
     assert str(options.base.parent) not in card
+
+
+@pytest.fixture
+def pairs(texts: Path, tmp_path: Path) -> Path:
+    """30 pairs of texts; their scores say nothing, so the best checkpoint is any of them."""
+    lines = texts.read_text().splitlines()
+    file = tmp_path / "pairs.jsonl"
+    rows = [
+        {"sentence1": lines[i], "sentence2": lines[i + 30], "score": (7 * i) % 11}
+        for i in range(30)
+    ]
+    file.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return file
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+@pytest.mark.parametrize("rate", [1e-3, 0.3], ids=["better", "worse"])
+def test_the_best_checkpoint_on_held_out_pairs_is_the_result(
+    options: TrainOptions,
+    pairs: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    rate: float,
+    interrupted: bool,
+) -> None:
+    options = dataclasses.replace(
+        options,
+        held_out_pairs=str(pairs),
+        save_every=4,
+        contrastive_learning_rate=rate,
+        ntp_learning_rate=rate,
+    )
+    if interrupted:
+        with monkeypatch.context() as patch:
+            interrupt_at(5, patch, KeyboardInterrupt())
+            with pytest.raises(KeyboardInterrupt):
+                train(options, progress=False)
+    train(options, resume=interrupted, progress=False)
+
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    embedder = ReferenceEmbedder(options.out)
+    first, second = (embedder.embed([row[f"sentence{side}"] for row in rows]) for side in (1, 2))
+    scores = torch.tensor([float(row["score"]) for row in rows])
+    found = scipy.stats.spearmanr((first * second).sum(dim=-1), scores).statistic
+    card = (options.out / "README.md").read_text()
+    best, step, count = re.search(
+        r"pairs.jsonl`: Spearman (-?[\d.]+) at step (\d), the best of (\d)", card
+    ).groups()
+    assert found == pytest.approx(float(best), abs=2e-3)
+    assert (step, count) in {("4", "2"), ("6", "2")}
+    assert "--held-out-pairs pairs.jsonl" in " ".join(card.split())
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("no json", "line 1: not a JSON object"),
+        ('{"sentence1": "a", "sentence2": "b"}', "line 1: expected an object with sentence1"),
+        ('{"sentence1": "a", "sentence2": "b", "score": "x"}', "line 1: .* score is a number"),
+        ('{"sentence1": "a", "sentence2": "b", "score": 1}\n' * 2, "scores that differ"),
+        ("", "scores that differ"),
+    ],
+)
+def test_bad_held_out_pairs_are_refused(
+    options: TrainOptions, tmp_path: Path, lines: str, message: str
+) -> None:
+    file = tmp_path / "bad.jsonl"
+    file.write_text(lines)
+    with pytest.raises(GemError, match=message):
+        train(dataclasses.replace(options, held_out_pairs=str(file)), progress=False)
+    assert not options.run_folder.exists(), "the corrected command needs no --overwrite"
+    with pytest.raises(GemError, match=r"give a .jsonl or .jsonl.gz file"):
+        train(dataclasses.replace(options, held_out_pairs="absent.jsonl"), progress=False)
 
 
 def test_an_earlier_result_is_not_lost_by_mistake(options: TrainOptions) -> None:

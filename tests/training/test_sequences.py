@@ -32,6 +32,15 @@ def test_dropout_drops_its_share_and_keeps_the_order() -> None:
     assert 0.68 < len(positive) / len(content) < 0.72
 
 
+def test_dropout_on_both_sides() -> None:
+    content = list(range(10_000))
+    anchor, positive = dropout_pair(content, 0.5, random.Random(0), anchor_rate=0.3)
+    assert 0.68 < len(anchor) / len(content) < 0.72
+    assert 0.48 < len(positive) / len(content) < 0.52
+    both = set(anchor) & set(positive)
+    assert 0.33 < len(both) / len(content) < 0.37, "the sides lose tokens independently"
+
+
 def test_dropout_leaves_one_token_at_least() -> None:
     rng = random.Random(0)
     assert all(len(dropout_pair([5, 6], 0.99, rng)[1]) >= 1 for _ in range(200))

@@ -1,0 +1,84 @@
+"""How well a model embeds so far: cosines of held-out pairs against their human scores."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gem_vllm.errors import GemError
+from gem_vllm.training.data import read_lines
+from gem_vllm.training.losses import pool
+from gem_vllm.training.model import GemTrainingModel
+from gem_vllm.training.sequences import Template, pad
+
+FIELDS: dict[str, Any] = {"sentence1": str, "sentence2": str, "score": (int, float)}
+TEXTS_AT_ONCE = 64
+
+
+class HeldOutPairs:
+    """Scored pairs of texts, tokenized as prompts are.
+
+    Args:
+        file: a .jsonl file, also .gz, of objects with ``sentence1``, ``sentence2``, ``score``.
+        tokenizer: the base's.
+        template: what it puts around a plain prompt.
+        max_content: longer texts are cut to so many tokens.
+
+    Raises GemError, with the line, for what cannot be read, and where scores do not differ.
+    """
+
+    def __init__(self, file: Path, tokenizer: Any, template: Template, max_content: int) -> None:
+        pairs = _read(file)
+        self.scores = torch.tensor([float(pair["score"]) for pair in pairs])
+        if not pairs or bool((self.scores == self.scores[0]).all()):
+            raise GemError(f"--held-out-pairs {file}: needs pairs with scores that differ")
+        texts = [pair[side] for side in ("sentence1", "sentence2") for pair in pairs]
+        contents = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        self.rows = [template.wrap(content[:max_content]) for content in contents]
+
+    @torch.no_grad()
+    def spearman(self, model: GemTrainingModel) -> float:
+        """Spearman's correlation of the pairs' cosines with their scores."""
+        model.eval()
+        device = next(model.parameters()).device
+        order = sorted(range(len(self.rows)), key=lambda row: len(self.rows[row]))
+        pooled: dict[int, torch.Tensor] = {}
+        for start in range(0, len(order), TEXTS_AT_ONCE):
+            chosen = order[start : start + TEXTS_AT_ONCE]
+            token_ids, lengths = pad([self.rows[row] for row in chosen])
+            hidden = model.special_states(token_ids.to(device), lengths.to(device))
+            pooled |= zip(chosen, pool(hidden, model.pooling).cpu(), strict=True)
+        first, second = torch.stack([pooled[row] for row in range(len(order))]).chunk(2)
+        return spearman((first * second).sum(dim=-1), self.scores)
+
+
+def spearman(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Pearson's correlation of average ranks; first, second: [n]."""
+    return float(torch.corrcoef(torch.stack([_average_ranks(first), _average_ranks(second)]))[0, 1])
+
+
+def _average_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Ranks from 0, float64 [n]; equal values share the mean of theirs."""
+    _, group, counts = values.double().unique(return_inverse=True, return_counts=True)
+    return (counts.cumsum(0) - (counts + 1) / 2)[group]
+
+
+def _read(file: Path) -> Sequence[dict[str, Any]]:
+    if not file.is_file() or ".jsonl" not in file.suffixes[-2:]:
+        raise GemError(f"--held-out-pairs {file}: give a .jsonl or .jsonl.gz file")
+    pairs = []
+    for number, line in read_lines(file):
+        try:
+            pair = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise GemError(f"{file}, line {number}: not a JSON object: {error}") from error
+        if not isinstance(pair, dict) or not FIELDS.keys() <= pair.keys():
+            raise GemError(f"{file}, line {number}: expected an object with {', '.join(FIELDS)}")
+        if not all(isinstance(pair[field], kind) for field, kind in FIELDS.items()):
+            raise GemError(f"{file}, line {number}: sentences are text, the score is a number")
+        pairs.append(pair)
+    return pairs
