@@ -42,6 +42,7 @@ class TrainOptions:
     pooling: str = "mean"
     text_field: str = "text"
     held_out_pairs: str | None = None
+    patience: int | None = None
     steps: int = 1000
     batch_size: int = 32
     max_tokens: int = 512
@@ -130,6 +131,8 @@ class TrainOptions:
         for name in ("raw_share", "reconstruction_share", "alpha", "warmup_share", "span_share"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise GemError(f"{flag(name)} must be from 0 to 1")
+        if self.patience is not None and (self.held_out_pairs is None or self.patience < 1):
+            raise GemError("--patience must be at least 1, and needs --held-out-pairs")
         if not 0.0 < self.drop_rate < 1.0:
             raise GemError("--drop-rate must be between 0 and 1: the share of tokens dropped")
         if not 0.0 <= self.anchor_drop_rate < 1.0:

@@ -13,6 +13,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import (
+    EarlyStoppingCallback,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -60,6 +61,8 @@ class GemTrainer(Trainer):
         if progress:
             self.add_callback(self._bar)
         self.add_callback(EvaluateLast)
+        if options.patience is not None:
+            self.add_callback(EarlyStoppingCallback(options.patience))
         self.add_callback(MarkWhole)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:

@@ -81,6 +81,12 @@ def train(
             "is scored on it (Spearman), and the best one is the result.",
         ),
     ] = None,
+    patience: Annotated[
+        int | None,
+        typer.Option(
+            help="Stop when so many checkpoints in a row are no better on --held-out-pairs.",
+        ),
+    ] = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 1000,
     batch_size: Annotated[
         int, typer.Option(help="Texts a step; each text's negatives are the other texts.")
@@ -225,6 +231,7 @@ def train(
         pooling=pooling.value,
         text_field=text_field,
         held_out_pairs=held_out_pairs,
+        patience=patience,
         steps=steps,
         batch_size=batch_size,
         max_tokens=max_tokens,
