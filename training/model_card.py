@@ -29,7 +29,7 @@ tags:
 |---|---|
 | Base | {base} |
 | Data | {data} |
-| Steps | {steps} of {batch} texts |
+| Steps | {steps} |
 {losses}{held_out}| Software | gem-vllm{commit} |
 
 ```
@@ -72,8 +72,7 @@ def write_model_card(
         base=base,
         summary=textwrap.fill(summary, width=100),
         data=", ".join(f"`{Path(spec).name}`" for spec in options.data),
-        steps=options.steps,
-        batch=options.batch_size,
+        steps=_steps(options, max((log["step"] for log in log_history), default=options.steps)),
         losses="".join(
             f"| {title} | {row} |\n"
             for name, title in LOSSES.items()
@@ -125,6 +124,11 @@ def source_commit() -> str | None:
         return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
     except (FileNotFoundError, subprocess.CalledProcessError):
         return None
+
+
+def _steps(options: TrainOptions, run: int) -> str:
+    early = "" if run >= options.steps else f"; {options.steps} were planned"
+    return f"{run} of {options.batch_size} texts{early}"
 
 
 def _held_out(options: TrainOptions, log_history: Sequence[dict[str, Any]]) -> str:

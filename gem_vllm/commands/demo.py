@@ -16,7 +16,7 @@ def demo(
         "models"
     ),
     out: Annotated[Path, typer.Option(help="Folder for this run; made anew.")] = Path("runs/demo"),
-    train_minutes: Annotated[float, typer.Option(help="About how long to train.")] = 4.0,
+    train_minutes: Annotated[float, typer.Option(help="About how long to train.")] = 3.0,
 ) -> None:
     """Train a small adapter, serve it, search and chat with it: minutes, and no GPU needed.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import os
 import shutil
 import sys
 import time
@@ -43,7 +44,7 @@ STEP_COST = 1.3
 STEPS_AT_LEAST, STEPS_AT_MOST = 10, 300
 RETRIEVED = 3
 RUN_MARK = ".gem-vllm-demo"
-BACKGROUND_REQUESTS = 2
+BACKGROUND_REQUESTS = 1
 QUESTIONS = (
     "How were Viking chiefs buried?",
     "Which company makes sunglasses for fishing and boating?",
@@ -85,6 +86,9 @@ def run_demo(options: DemoOptions, console: Console) -> None:
     No process that was started outlives this call, whatever ends it.
     """
     started = time.monotonic()
+    # Before torch is imported, here and in the training: threads that wait for one another without
+    # spinning do not stand in the way of another program's.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     check_vllm_version()
     if not options.train_minutes > 0:
         raise GemError("--train-minutes must be greater than 0")

@@ -258,6 +258,24 @@ def test_the_best_checkpoint_on_held_out_pairs_is_the_result(
     assert "--held-out-pairs pairs.jsonl" in " ".join(card.split())
 
 
+def test_a_run_that_no_longer_gets_better_stops(options: TrainOptions, pairs: Path) -> None:
+    options = dataclasses.replace(
+        options,
+        held_out_pairs=str(pairs),
+        patience=1,
+        save_every=1,
+        steps=8,
+        contrastive_learning_rate=1e-12,
+        ntp_learning_rate=1e-12,
+    )
+    train(options, progress=False)
+    assert len(losses(options)["loss_cl"]) == 2, "the second checkpoint is no better"
+    card = (options.out / "README.md").read_text()
+    assert "| Steps | 2 of 8 texts; 8 were planned |" in card
+    with pytest.raises(GemError, match="needs --held-out-pairs"):
+        dataclasses.replace(options, held_out_pairs=None)
+
+
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
