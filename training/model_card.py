@@ -135,7 +135,7 @@ def _held_out(options: TrainOptions, log_history: Sequence[dict[str, Any]]) -> s
     found = [(log[SPEARMAN], log["step"]) for log in log_history if SPEARMAN in log]
     if options.held_out_pairs is None or not found:
         return ""
-    best, step = max(found)
+    best, step = max(found, key=lambda pair: pair[0])  # the first of equals, as is kept
     return (
         f"| Held-out pairs | `{Path(options.held_out_pairs).name}`: Spearman {best:.4f} at step "
         f"{step}, the best of {len(found)} checkpoints, which this is |\n"
