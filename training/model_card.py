@@ -96,9 +96,12 @@ def command_line(options: TrainOptions) -> str:
     defaults = TrainOptions(
         base=options.base, data=options.data, out=options.out, mode=options.mode
     )
+    left_out = {"base", "data", "held_out_pairs", *FREE_ON_RESUME}
+    if options.held_out_pairs is not None:
+        left_out -= {"save_every", "patience"}  # which checkpoints there are to choose from
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
-        if field.name in {"base", "data", "held_out_pairs", *FREE_ON_RESUME}:
+        if field.name in left_out:
             continue
         if field.name == "mode" or value != getattr(defaults, field.name):
             words += [flag(field.name)] if value is True else [flag(field.name), str(value)]

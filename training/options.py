@@ -22,7 +22,7 @@ CHOICES = {
     "dtype": ("auto", "float32", "bfloat16"),
 }
 # What may differ between a run and its --resume without changing a loss.
-FREE_ON_RESUME = frozenset({"out", "save_every", "keep_checkpoints", "log_every"})
+FREE_ON_RESUME = frozenset({"out", "save_every", "patience", "keep_checkpoints", "log_every"})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,6 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import (
-    EarlyStoppingCallback,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -62,7 +61,7 @@ class GemTrainer(Trainer):
             self.add_callback(self._bar)
         self.add_callback(EvaluateLast)
         if options.patience is not None:
-            self.add_callback(EarlyStoppingCallback(options.patience))
+            self.add_callback(StopWhenNoBetter(options.patience))
         self.add_callback(MarkWhole)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -180,6 +179,25 @@ class EvaluateLast(TrainerCallback):
         """Ask for an evaluation at the run's end."""
         if args.eval_strategy != IntervalStrategy.NO and state.global_step >= state.max_steps:
             control.should_evaluate = True
+
+
+class StopWhenNoBetter(TrainerCallback):
+    """Stop when ``patience`` checkpoints in a row have scored no better than the best before them.
+
+    Counted in the run's log, so that an interrupted run stops where an uninterrupted one does;
+    ``transformers``' own callback starts to count anew.
+    """
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stop, where it is time."""
+        scores = [log[SPEARMAN] for log in state.log_history if SPEARMAN in log]
+        if len(scores) - 1 - scores.index(max(scores)) >= self.patience:
+            control.should_training_stop = True
 
 
 class MarkWhole(TrainerCallback):

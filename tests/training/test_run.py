@@ -257,22 +257,31 @@ def test_the_best_checkpoint_on_held_out_pairs_is_the_result(
     assert found == pytest.approx(float(best), abs=2e-3)
     assert (step, count) in {("4", "2"), ("6", "2")}
     assert "--held-out-pairs pairs.jsonl" in " ".join(card.split())
+    assert "--save-every 4" in card
 
 
-def test_a_run_that_no_longer_gets_better_stops(options: TrainOptions, pairs: Path) -> None:
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_run_that_no_longer_gets_better_stops(
+    options: TrainOptions, pairs: Path, monkeypatch: pytest.MonkeyPatch, interrupted: bool
+) -> None:
     options = dataclasses.replace(
         options,
         held_out_pairs=str(pairs),
-        patience=1,
+        patience=2,
         save_every=1,
         steps=8,
         contrastive_learning_rate=1e-12,
         ntp_learning_rate=1e-12,
     )
-    train(options, progress=False)
-    assert len(losses(options)["loss_cl"]) == 2, "the second checkpoint is no better"
+    if interrupted:
+        with monkeypatch.context() as patch:
+            interrupt_at(2, patch, KeyboardInterrupt())
+            with pytest.raises(KeyboardInterrupt):
+                train(options, progress=False)
+    train(options, resume=interrupted, progress=False)
+    assert len(losses(options)["loss_cl"]) == 3, "the second and the third are no better"
     card = (options.out / "README.md").read_text()
-    assert "| Steps | 2 of 8 texts; 8 were planned |" in card
+    assert "| Steps | 3 of 8 texts; 8 were planned |" in card
     with pytest.raises(GemError, match="needs --held-out-pairs"):
         dataclasses.replace(options, held_out_pairs=None)
 
