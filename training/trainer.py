@@ -59,7 +59,7 @@ class GemTrainer(Trainer):
         self._bar = LossProgress()
         if progress:
             self.add_callback(self._bar)
-        self.add_callback(EvaluateLast)
+        self.add_callback(Intervals)
         if options.patience is not None:
             self.add_callback(StopWhenNoBetter(options.patience))
         self.add_callback(MarkWhole)
@@ -170,13 +170,19 @@ class LossProgress(ProgressCallback):
             self.training_bar.close()
 
 
-class EvaluateLast(TrainerCallback):
-    """Where checkpoints are scored, score the last one too, whatever step it is of."""
+class Intervals(TrainerCallback):
+    """When to log, save and score: as this run's options say, and at the run's end."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """A resumed state brings the intervals of the run's start with it."""
+        state.compute_steps(args, state.max_steps)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Ask for an evaluation at the run's end."""
+        """Where checkpoints are scored, score the last one too, whatever step it is of."""
         if args.eval_strategy != IntervalStrategy.NO and state.global_step >= state.max_steps:
             control.should_evaluate = True
 

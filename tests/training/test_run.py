@@ -176,6 +176,19 @@ def test_checkpoints_of_an_adapter_hold_no_base(
     assert not whole_checkpoints(options.run_folder)
 
 
+def test_a_resumed_run_saves_as_often_as_it_is_told(
+    options: TrainOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step, save_every, resume in ((3, 2, False), (5, 1, True)):
+        with monkeypatch.context() as patch:
+            interrupt_at(step, patch, KeyboardInterrupt())
+            with pytest.raises(KeyboardInterrupt):
+                run = dataclasses.replace(options, save_every=save_every)
+                train(run, resume=resume, progress=False)
+    found = [folder.name for folder in whole_checkpoints(options.run_folder)]
+    assert found == ["checkpoint-4", "checkpoint-5"]
+
+
 def test_full_disk_is_said_and_survived(
     options: TrainOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
