@@ -182,8 +182,8 @@ def test_a_resumed_run_saves_as_often_as_it_is_told(
     for step, save_every, resume in ((3, 2, False), (5, 1, True)):
         with monkeypatch.context() as patch:
             interrupt_at(step, patch, KeyboardInterrupt())
+            run = dataclasses.replace(options, save_every=save_every)
             with pytest.raises(KeyboardInterrupt):
-                run = dataclasses.replace(options, save_every=save_every)
                 train(run, resume=resume, progress=False)
     found = [folder.name for folder in whole_checkpoints(options.run_folder)]
     assert found == ["checkpoint-4", "checkpoint-5"]
