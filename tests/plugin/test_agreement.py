@@ -65,6 +65,22 @@ def test_bfloat16(k: int, tiny_checkpoint: Callable[..., Path]) -> None:
         assert cosines(embed(llm, prompts), expected).min() >= 0.999
 
 
+def test_compiled(tiny_checkpoint: Callable[..., Path]) -> None:
+    """As `vllm serve` runs without --enforce-eager."""
+    folder = tiny_checkpoint("llama", k=4)
+    prompts, questions = random_prompts([1, 30, 130]), random_prompts([5, 40], seed=1)
+    requests = {f"text-{i}": (prompt, EMBED) for i, prompt in enumerate(prompts)}
+    requests |= {f"chat-{i}": (question, GREEDY) for i, question in enumerate(questions)}
+    with running_engine(folder, max_model_len=LIMIT, enforce_eager=False) as llm:
+        compiled = run_together(llm, requests)
+    with running_engine(folder, max_model_len=LIMIT) as llm:
+        eager = run_together(llm, requests)
+    found = torch.stack([compiled[f"text-{i}"].outputs.data for i in range(len(prompts))])
+    assert cosines(found, ReferenceEmbedder(folder).embed(prompts)).min() >= 0.9999
+    for name in ("chat-0", "chat-1"):
+        assert compiled[name].outputs[0].token_ids == eager[name].outputs[0].token_ids
+
+
 @pytest.mark.parametrize("train_mode", ["full", "lora"])
 def test_without_adapter(train_mode: str, tiny_checkpoint: Callable[..., Path]) -> None:
     folder = tiny_checkpoint("llama", k=4, train_mode=train_mode)
