@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from gem_vllm.errors import GemError
-from gem_vllm.training.held_out import spearman
+from gem_vllm.training.held_out import read_scored_pairs, spearman
 
 REQUEST_TEXTS = 64
 
@@ -64,8 +63,7 @@ def read_pairs(file: Path, limit: int | None) -> list[dict]:
     """The pairs of a split, or ``limit`` of them, evenly spread."""
     if not file.is_file():
         raise GemError(f"{file} is missing; --data names the folder that holds it")
-    with gzip.open(file, "rt", encoding="utf-8") as lines:
-        pairs = [json.loads(line) for line in lines]
+    pairs = read_scored_pairs(file)
     if limit is None or limit >= len(pairs):
         return pairs
     return [pairs[i * len(pairs) // limit] for i in range(limit)]

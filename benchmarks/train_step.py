@@ -58,9 +58,8 @@ def make_model(
     special_ids = add_special_tokens(model, tokenizer, special_tokens)
     lm = add_adapter(model, special_ids, rank=rank, alpha=2 * rank)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return AdapterModel(lm, special_ids, "mean", scale=20.0, symmetric=False).to(
-        device
-    ), special_ids
+    model = AdapterModel(lm, special_ids, "mean", scale=20.0, symmetric=False)
+    return model.to(device), special_ids
 
 
 def measure(

@@ -35,18 +35,6 @@ class AdapterModel(GemTrainingModel):
 
     lm: PeftModel
 
-    def __init__(
-        self,
-        lm: PeftModel,
-        special_ids: tuple[int, ...],
-        pooling: str,
-        *,
-        scale: float,
-        symmetric: bool,
-    ) -> None:
-        super().__init__(lm, special_ids, pooling, scale=scale, symmetric=symmetric)
-        self.k = len(special_ids)
-
     def train(self, mode: bool = True) -> AdapterModel:
         """The base computes as it does in use, without dropout; so does the LoRA."""
         return super().train(False)

@@ -61,18 +61,33 @@ class TextSource:
 
 
 def _read_file(path: Path, field: str) -> Iterator[str]:
-    is_json = ".jsonl" in path.suffixes[-2:]
-    for number, line in read_lines(path):
-        text = _json_text(line, field, f"{path}, line {number}") if is_json else line
-        if text:
-            yield text
+    if is_jsonl(path):
+        texts = (_text_of(row, field, where) for where, row in read_jsonl(path))
+    else:
+        texts = (line for _, line in _read_lines(path))
+    return filter(None, texts)
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines of a text file, also .gz, that are not blank, stripped, with their numbers from 1.
+def is_jsonl(path: Path) -> bool:
+    """Whether a file is one of JSON lines, by its name."""
+    return ".jsonl" in path.suffixes[-2:]
 
-    Raises GemError, with the line before, for what cannot be read.
+
+def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+    """The values in a file of JSON lines, also .gz, each with where it is, for messages.
+
+    Raises GemError, with the line, for what cannot be read.
     """
+    for number, line in _read_lines(path):
+        where = f"{path}, line {number}"
+        try:
+            yield where, json.loads(line)
+        except json.JSONDecodeError as error:
+            raise GemError(f"{where}: not a JSON object: {error}") from error
+
+
+def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Lines that are not blank, stripped, with their numbers from 1."""
     opener: Callable[..., Any] = gzip.open if path.name.endswith(".gz") else open
     number = 0
     try:
@@ -85,14 +100,6 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     except (EOFError, OSError, zlib.error) as error:
         reason = _first_line(error)
         raise GemError(f"{path}, after line {number}: cannot be read: {reason}") from error
-
-
-def _json_text(line: str, field: str, where: str) -> str:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise GemError(f"{where}: not a JSON object: {error}") from error
-    return _text_of(row, field, where)
 
 
 def _text_of(row: Any, field: str, where: str) -> str:

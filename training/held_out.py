@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from gem_vllm.errors import GemError
-from gem_vllm.training.data import read_lines
+from gem_vllm.training.data import is_jsonl, read_jsonl
 from gem_vllm.training.losses import pool
 from gem_vllm.training.model import GemTrainingModel
 from gem_vllm.training.sequences import Template, pad
@@ -32,7 +30,9 @@ class HeldOutPairs:
     """
 
     def __init__(self, file: Path, tokenizer: Any, template: Template, max_content: int) -> None:
-        pairs = _read(file)
+        if not file.is_file() or not is_jsonl(file):
+            raise GemError(f"--held-out-pairs {file}: give a .jsonl or .jsonl.gz file")
+        pairs = read_scored_pairs(file)
         self.scores = torch.tensor([float(pair["score"]) for pair in pairs])
         if not pairs or bool((self.scores == self.scores[0]).all()):
             raise GemError(f"--held-out-pairs {file}: needs pairs with scores that differ")
@@ -67,18 +67,16 @@ def _average_ranks(values: torch.Tensor) -> torch.Tensor:
     return (counts.cumsum(0) - (counts + 1) / 2)[group]
 
 
-def _read(file: Path) -> Sequence[dict[str, Any]]:
-    if not file.is_file() or ".jsonl" not in file.suffixes[-2:]:
-        raise GemError(f"--held-out-pairs {file}: give a .jsonl or .jsonl.gz file")
+def read_scored_pairs(file: Path) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file, also .gz, with ``sentence1``, ``sentence2`` and ``score``.
+
+    Raises GemError, with the line, for what cannot be read.
+    """
     pairs = []
-    for number, line in read_lines(file):
-        try:
-            pair = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise GemError(f"{file}, line {number}: not a JSON object: {error}") from error
+    for where, pair in read_jsonl(file):
         if not isinstance(pair, dict) or not FIELDS.keys() <= pair.keys():
-            raise GemError(f"{file}, line {number}: expected an object with {', '.join(FIELDS)}")
+            raise GemError(f"{where}: expected an object with {', '.join(FIELDS)}")
         if not all(isinstance(pair[field], kind) for field, kind in FIELDS.items()):
-            raise GemError(f"{file}, line {number}: sentences are text, the score is a number")
+            raise GemError(f"{where}: sentences are text, the score is a number")
         pairs.append(pair)
     return pairs

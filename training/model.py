@@ -35,6 +35,7 @@ class GemTrainingModel(nn.Module, ABC):
         super().__init__()
         self.lm = lm
         self.special_ids = special_ids
+        self.k = len(special_ids)
         self.pooling = pooling
         self.symmetric = symmetric
         self.log_temperature = nn.Parameter(torch.tensor(math.log(scale)))

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel, TrainingArguments
 
@@ -112,12 +113,10 @@ def build_model(
     model: PreTrainedModel, special_ids: tuple[int, ...], options: TrainOptions
 ) -> GemTrainingModel:
     """The training model of ``options.mode`` over a base with its special tokens."""
-    if options.mode == "full":
-        return DenseModel(
-            model, special_ids, options.pooling, scale=options.scale, symmetric=options.symmetric
-        )
     kind = AdapterModel if options.mode == "adapter" else DenseModel
-    lm = add_adapter(model, special_ids, rank=options.lora_rank, alpha=options.lora_alpha)
+    lm: PreTrainedModel | PeftModel = model
+    if options.mode != "full":
+        lm = add_adapter(model, special_ids, rank=options.lora_rank, alpha=options.lora_alpha)
     return kind(lm, special_ids, options.pooling, scale=options.scale, symmetric=options.symmetric)
 
 

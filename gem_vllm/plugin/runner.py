@@ -95,8 +95,9 @@ class GemModelRunner(_Runner):
                 self.device,
             )
         gem_step.publish(self._gem_step)
-        num_tokens = int(num_scheduled_tokens.sum())
-        self.model.last_mlp.read_rows = self._read_rows(prepared[0], num_tokens)
+        self.model.last_mlp.read_rows = self._read_rows(
+            prepared[0], scheduler_output.total_num_scheduled_tokens
+        )
         return prepared
 
     def _read_rows(self, logits_indices: torch.Tensor, num_tokens: int) -> torch.Tensor | None:

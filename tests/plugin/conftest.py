@@ -65,6 +65,18 @@ def run_together(
     return outputs
 
 
+def named(
+    kind: str, prompts: Sequence[Sequence[int]], params: SamplingParams | PoolingParams
+) -> dict[str, tuple[Sequence[int], SamplingParams | PoolingParams]]:
+    """Requests for `run_together`: "kind-0", "kind-1", … in the order of `prompts`."""
+    return {f"{kind}-{i}": (prompt, params) for i, prompt in enumerate(prompts)}
+
+
+def embeddings_of(outputs: dict[str, Any], count: int) -> torch.Tensor:
+    """float32 [count, d]: what `run_together` gave for `named("text", …)`, in its order."""
+    return torch.stack([outputs[f"text-{i}"].outputs.data for i in range(count)])
+
+
 def step_counts(llm: LLM) -> dict[str, int]:
     """Engine steps so far by kind, from the scheduler of an in-process engine."""
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler

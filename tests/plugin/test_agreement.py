@@ -15,6 +15,8 @@ from tests.plugin.conftest import (
     EMBED,
     cosines,
     embed,
+    embeddings_of,
+    named,
     random_prompts,
     run_together,
     running_engine,
@@ -41,14 +43,13 @@ def test_float32_alone_and_mixed(family: str, k: int, tiny_checkpoint: Callable[
         assert cosines(embed(llm, prompts), expected).min() >= 0.9999
 
         questions = random_prompts([5, 40, 130], seed=1)
-        alone = run_together(llm, {f"chat-{i}": (q, GREEDY) for i, q in enumerate(questions)})
+        alone = run_together(llm, named("chat", questions, GREEDY))
         outputs = run_together(
             llm,
-            {f"chat-{i}": (q, GREEDY) for i, q in enumerate(questions)}
-            | {f"text-{i}": (p, EMBED) for i, p in enumerate(prompts)},
+            named("chat", questions, GREEDY) | named("text", prompts, EMBED),
         )
         assert step_counts(llm)["mixed"] > 0
-    mixed = torch.stack([outputs[f"text-{i}"].outputs.data for i in range(len(prompts))])
+    mixed = embeddings_of(outputs, len(prompts))
     assert cosines(mixed, expected).min() >= 0.9999
     for name, output in alone.items():
         assert outputs[name].outputs[0].token_ids == output.outputs[0].token_ids
@@ -69,13 +70,12 @@ def test_compiled(tiny_checkpoint: Callable[..., Path]) -> None:
     """As `vllm serve` runs without --enforce-eager."""
     folder = tiny_checkpoint("llama", k=4)
     prompts, questions = random_prompts([1, 30, 130]), random_prompts([5, 40], seed=1)
-    requests = {f"text-{i}": (prompt, EMBED) for i, prompt in enumerate(prompts)}
-    requests |= {f"chat-{i}": (question, GREEDY) for i, question in enumerate(questions)}
+    requests = named("text", prompts, EMBED) | named("chat", questions, GREEDY)
     with running_engine(folder, max_model_len=LIMIT, enforce_eager=False) as llm:
         compiled = run_together(llm, requests)
     with running_engine(folder, max_model_len=LIMIT) as llm:
         eager = run_together(llm, requests)
-    found = torch.stack([compiled[f"text-{i}"].outputs.data for i in range(len(prompts))])
+    found = embeddings_of(compiled, len(prompts))
     assert cosines(found, ReferenceEmbedder(folder).embed(prompts)).min() >= 0.9999
     for name in ("chat-0", "chat-1"):
         assert compiled[name].outputs[0].token_ids == eager[name].outputs[0].token_ids
@@ -146,11 +146,9 @@ def test_prefix_cache_hits_end_with_the_text(tiny_checkpoint: Callable[..., Path
     expected = ReferenceEmbedder(folder).embed(prompts)
     with running_engine(folder, max_model_len=512, enable_prefix_caching=True) as llm:
         assert cosines(embed(llm, prompts), expected).min() >= 0.9999
-        outputs = run_together(
-            llm, {f"text-{i}": (prompt, EMBED) for i, prompt in enumerate(prompts)}
-        )
+        outputs = run_together(llm, named("text", prompts, EMBED))
         cached = [outputs[f"text-{i}"].num_cached_tokens for i in range(len(prompts))]
-        again = torch.stack([outputs[f"text-{i}"].outputs.data for i in range(len(prompts))])
+        again = embeddings_of(outputs, len(prompts))
         assert cosines(again, expected).min() >= 0.9999
         assert llm.llm_engine.vllm_config.cache_config.block_size == block
         assert cached == [len(prompt) // block * block for prompt in prompts]
@@ -178,10 +176,9 @@ def test_preempted_embeddings_come_out_right(tiny_checkpoint: Callable[..., Path
         scheduler._preempt_request = count
         outputs = run_together(
             llm,
-            {f"chat-{i}": (chat, long) for i, chat in enumerate(chats)}
-            | {f"text-{i}": (text, EMBED) for i, text in enumerate(texts)},
+            named("chat", chats, long) | named("text", texts, EMBED),
         )
-    mixed = torch.stack([outputs[f"text-{i}"].outputs.data for i in range(len(texts))])
+    mixed = embeddings_of(outputs, len(texts))
     assert cosines(mixed, expected).min() >= 0.9999
     assert all(len(outputs[f"chat-{i}"].outputs[0].token_ids) == 200 for i in range(len(chats)))
     assert preempted

@@ -14,7 +14,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
 
 from gem_vllm.config import GemConfig
-from tests.plugin.conftest import EMBED, random_prompts, run_together, running_engine
+from tests.plugin.conftest import EMBED, named, random_prompts, run_together, running_engine
 
 K = 4
 
@@ -65,8 +65,7 @@ def test_special_tokens_are_never_generated(llm: LLM, params: SamplingParams) ->
     prompts = random_prompts([3, 12, 50])
     outputs = run_together(
         llm,
-        {f"chat-{i}": (p, params) for i, p in enumerate(prompts)}
-        | {f"text-{i}": (p, EMBED) for i, p in enumerate(prompts)},
+        named("chat", prompts, params) | named("text", prompts, EMBED),
     )
     for i in range(len(prompts)):
         completions = outputs[f"chat-{i}"].outputs
@@ -154,10 +153,10 @@ def test_adapter_mode_generates_what_the_base_generates(
     base = tiny_base(family)
     prompts = random_prompts([1 + 2 * i % 97 for i in range(100)], seed=5)
     greedy = SamplingParams(temperature=0.0, max_tokens=12)
-    chats = {f"chat-{i}": (prompt, greedy) for i, prompt in enumerate(prompts)}
+    chats = named("chat", prompts, greedy)
     with running_engine(base, max_model_len=256) as plain:
         expected = run_together(plain, chats)
-    texts = {f"text-{i}": (prompt[::-1], EMBED) for i, prompt in enumerate(prompts)}
+    texts = named("text", [prompt[::-1] for prompt in prompts], EMBED)
     alternating = {
         name: request
         for pair in zip(chats.items(), texts.items(), strict=True)

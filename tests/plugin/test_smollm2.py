@@ -14,7 +14,7 @@ from vllm import SamplingParams
 from gem_vllm.checkpoint import load_base
 from gem_vllm.commands.fetch import fetch_model
 from gem_vllm.reference import ReferenceEmbedder
-from tests.plugin.conftest import EMBED, cosines, embed, run_together, running_engine
+from tests.plugin.conftest import EMBED, cosines, embed, named, run_together, running_engine
 from tests.tiny import make_tiny_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -67,7 +67,7 @@ def test_float32_agreement(
     texts = texts_of(sentences, [1, 2, 5, 30, 64, 127, 128, 129, 230, LIMIT - k - 1, LIMIT - k])
     expected = ReferenceEmbedder(checkpoint(k)).embed(texts)
     greedy = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
-    chats = {f"chat-{i}": (sentences[i][: 10 + i], greedy) for i in range(6)}
+    chats = named("chat", [sentences[i][: 10 + i] for i in range(6)], greedy)
     with running_engine(checkpoint(k), max_model_len=LIMIT) as llm:
         assert cosines(embed(llm, texts), expected).min() >= 0.9999
         outputs = run_together(llm, chats | {f"t{i}": (t, EMBED) for i, t in enumerate(texts)})
@@ -100,8 +100,8 @@ def test_float32_generation_is_the_bases(
     """100 prompts, greedy, an embedding request after each: token for token plain vLLM's."""
     greedy = SamplingParams(temperature=0.0, max_tokens=16)
     prompts = [ids[: 6 + i % 40] for i, ids in enumerate(sentences[:100])]
-    chats = {f"chat-{i}": (prompt, greedy) for i, prompt in enumerate(prompts)}
-    texts = {f"text-{i}": (ids[:30], EMBED) for i, ids in enumerate(sentences[100:200])}
+    chats = named("chat", prompts, greedy)
+    texts = named("text", [ids[:30] for ids in sentences[100:200]], EMBED)
     assert len(chats) == len(texts) == 100
     with running_engine(base, max_model_len=LIMIT) as plain:
         expected = run_together(plain, chats)
@@ -118,10 +118,10 @@ def test_bfloat16_generation_differs_no_more_than_plain_vllm(
     greedy = SamplingParams(temperature=0.0, max_tokens=8)
     count = 24
     prompts = [ids[: 6 + i] for i, ids in enumerate(sentences[:count])]
-    chats = {f"chat-{i}": (prompt, greedy) for i, prompt in enumerate(prompts)}
+    chats = named("chat", prompts, greedy)
     texts = [ids[:30] for ids in sentences[count : 2 * count]]
-    embeddings = {f"text-{i}": (ids, EMBED) for i, ids in enumerate(texts)}
-    other_chats = {f"other-{i}": (ids, greedy) for i, ids in enumerate(texts)}
+    embeddings = named("text", texts, EMBED)
+    other_chats = named("other", texts, greedy)
 
     def differences(outputs: dict[str, Any], alone: dict[str, Any]) -> int:
         return sum(

@@ -12,7 +12,15 @@ from transformers import AutoModelForCausalLM
 from vllm import SamplingParams
 
 from gem_vllm.reference import ReferenceEmbedder
-from tests.plugin.conftest import EMBED, cosines, random_prompts, run_together, running_engine
+from tests.plugin.conftest import (
+    EMBED,
+    cosines,
+    embeddings_of,
+    named,
+    random_prompts,
+    run_together,
+    running_engine,
+)
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
 
@@ -43,10 +51,9 @@ def test_two_workers(
     ) as llm:
         outputs = run_together(
             llm,
-            {f"text-{i}": (prompt, EMBED) for i, prompt in enumerate(prompts)}
-            | {f"chat-{i}": (question, GREEDY) for i, question in enumerate(questions)},
+            named("text", prompts, EMBED) | named("chat", questions, GREEDY),
         )
-    found = torch.stack([outputs[f"text-{i}"].outputs.data for i in range(len(prompts))])
+    found = embeddings_of(outputs, len(prompts))
     assert cosines(found, ReferenceEmbedder(folder).embed(prompts)).min() >= 0.9999
 
     base = AutoModelForCausalLM.from_pretrained(tiny_base(family, **shape), dtype=torch.float32)

@@ -1,11 +1,20 @@
-"""Text for the trainer's tests, made up from a seed."""
+"""Text for the trainer's tests, made up from a seed, and a short run over it."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from gem_vllm.training.options import TrainOptions
+from gem_vllm.training.run import train
+from gem_vllm.training.trainer import GemTrainer
 
 WORDS = (
     "bread river stone bridge library moon people rock capital city flour yeast water first old "
@@ -22,3 +31,56 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("texts") / "texts.txt"
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return file
+
+
+@pytest.fixture
+def options(tiny_base: Callable[..., Path], texts: Path, tmp_path: Path) -> TrainOptions:
+    """Six steps that go through both phases' losses at once (alpha 0.5)."""
+    return TrainOptions(
+        base=tiny_base(),
+        data=(str(texts),),
+        out=tmp_path / "gem",
+        special_tokens=2,
+        steps=6,
+        batch_size=8,
+        alpha_schedule="constant",
+        alpha=0.5,
+        lora_rank=4,
+        lora_alpha=8,
+        save_every=2,
+        dtype="float32",
+    )
+
+
+def losses(options: TrainOptions) -> dict[str, list[float]]:
+    """The losses that the run logged for TensorBoard, by name, a value a step."""
+    by_step: dict[str, dict[int, float]] = {}
+    for folder in sorted((options.run_folder / "runs").iterdir()):
+        events = EventAccumulator(str(folder))
+        events.Reload()
+        for name in ("loss_ntp", "loss_cl"):
+            if f"train/{name}" in events.Tags()["scalars"]:
+                for event in events.Scalars(f"train/{name}"):
+                    by_step.setdefault(name, {})[event.step] = event.value
+    return {name: [values[step] for step in sorted(values)] for name, values in by_step.items()}
+
+
+@contextmanager
+def failing_at(step: int, error: BaseException) -> Iterator[None]:
+    """Training raises `error` after so many steps."""
+    compute_loss = GemTrainer.compute_loss
+
+    def failing(self: GemTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.state.global_step == step:
+            raise error
+        return compute_loss(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GemTrainer, "compute_loss", failing)
+        yield
+
+
+def train_until(step: int, options: TrainOptions, *, resume: bool = False) -> None:
+    """Train as Ctrl-C after so many steps leaves it."""
+    with failing_at(step, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
+        train(options, resume=resume, progress=False)

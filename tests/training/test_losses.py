@@ -8,12 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gem_vllm.training.losses import (
-    alpha_at,
-    info_nce,
-    next_token_loss,
-    pool,
-)
+from gem_vllm.training.losses import alpha_at, info_nce, next_token_loss, pool
 from gem_vllm.training.options import TrainOptions
 from gem_vllm.training.trainer import learning_rate_at
 

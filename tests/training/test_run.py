@@ -5,15 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gem_vllm.adapter import apply_adapter, extract_adapter
 from gem_vllm.config import GemConfig
@@ -21,10 +18,11 @@ from gem_vllm.errors import GemError
 from gem_vllm.reference import ReferenceEmbedder
 from gem_vllm.training.options import TrainOptions
 from gem_vllm.training.run import train
-from gem_vllm.training.trainer import WHOLE, GemTrainer, whole_checkpoints
+from gem_vllm.training.trainer import WHOLE, whole_checkpoints
 from gem_vllm.weights import EMBEDDING
+from tests.training.conftest import failing_at, losses, train_until
 
-# Losses of `options` below; a change of the trainer that moves them changes what is trained.
+# Losses of `options`; a change of the trainer that moves them changes what is trained.
 GOLDEN = {
     "adapter loss_ntp": [7.00445, 7.2094, 7.24783, 6.9745, 7.07193, 7.20203],
     "adapter loss_cl": [0.05986, 0.34543, 0.51112, 0.10336, 0.3571, 0.06407],
@@ -33,38 +31,6 @@ GOLDEN = {
     "lora loss_ntp": [7.05131, 7.22494, 7.13619, 7.0225, 7.06831, 7.17315],
     "lora loss_cl": [0.05986, 0.32018, 0.56715, 0.1494, 0.39833, 0.05845],
 }
-
-
-@pytest.fixture
-def options(tiny_base: Callable[..., Path], texts: Path, tmp_path: Path) -> TrainOptions:
-    """Six steps that go through both phases' losses at once (alpha 0.5)."""
-    return TrainOptions(
-        base=tiny_base(),
-        data=(str(texts),),
-        out=tmp_path / "gem",
-        special_tokens=2,
-        steps=6,
-        batch_size=8,
-        alpha_schedule="constant",
-        alpha=0.5,
-        lora_rank=4,
-        lora_alpha=8,
-        save_every=2,
-        dtype="float32",
-    )
-
-
-def losses(options: TrainOptions) -> dict[str, list[float]]:
-    """The losses that the run logged for TensorBoard, by name, a value a step."""
-    by_step: dict[str, dict[int, float]] = {}
-    for folder in sorted((options.run_folder / "runs").iterdir()):
-        events = EventAccumulator(str(folder))
-        events.Reload()
-        for name in ("loss_ntp", "loss_cl"):
-            if f"train/{name}" in events.Tags()["scalars"]:
-                for event in events.Scalars(f"train/{name}"):
-                    by_step.setdefault(name, {})[event.step] = event.value
-    return {name: [values[step] for step in sorted(values)] for name, values in by_step.items()}
 
 
 @pytest.mark.parametrize("mode", ["adapter", "full", "lora"])
@@ -127,28 +93,14 @@ def test_adapter_comes_apart_and_together(options: TrainOptions, tmp_path: Path)
     assert torch.equal(first, second)
 
 
-def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
-    compute_loss = GemTrainer.compute_loss
-
-    def interrupted(self: GemTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.state.global_step == step:
-            raise error
-        return compute_loss(self, *args, **kwargs)
-
-    monkeypatch.setattr(GemTrainer, "compute_loss", interrupted)
-
-
 @pytest.mark.parametrize("mode", ["adapter", "full", "lora"])
 def test_resuming_gives_the_losses_of_an_uninterrupted_run(
-    options: TrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: Any
+    options: TrainOptions, tmp_path: Path, mode: Any
 ) -> None:
     options = dataclasses.replace(options, mode=mode)
     whole = dataclasses.replace(options, out=tmp_path / "whole")
     train(whole, progress=False)
-    with monkeypatch.context() as patch:
-        interrupt_at(3, patch, KeyboardInterrupt())
-        with pytest.raises(KeyboardInterrupt):
-            train(options, progress=False)
+    train_until(3, options)
     assert not options.out.exists()
     partial = options.run_folder / "checkpoint-3"
     partial.mkdir()
@@ -160,12 +112,8 @@ def test_resuming_gives_the_losses_of_an_uninterrupted_run(
     assert all(torch.equal(result[name], expected[name]) for name in expected)
 
 
-def test_checkpoints_of_an_adapter_hold_no_base(
-    options: TrainOptions, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    interrupt_at(5, monkeypatch, KeyboardInterrupt())
-    with pytest.raises(KeyboardInterrupt):
-        train(options, progress=False)
+def test_checkpoints_of_an_adapter_hold_no_base(options: TrainOptions) -> None:
+    train_until(5, options)
     checkpoints = whole_checkpoints(options.run_folder)
     assert [folder.name for folder in checkpoints] == ["checkpoint-2", "checkpoint-4"]
     state = load_file(checkpoints[-1] / "model.safetensors")
@@ -176,26 +124,17 @@ def test_checkpoints_of_an_adapter_hold_no_base(
     assert not whole_checkpoints(options.run_folder)
 
 
-def test_a_resumed_run_saves_as_often_as_it_is_told(
-    options: TrainOptions, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for step, save_every, resume in ((3, 2, False), (5, 1, True)):
-        with monkeypatch.context() as patch:
-            interrupt_at(step, patch, KeyboardInterrupt())
-            run = dataclasses.replace(options, save_every=save_every)
-            with pytest.raises(KeyboardInterrupt):
-                train(run, resume=resume, progress=False)
+def test_a_resumed_run_saves_as_often_as_it_is_told(options: TrainOptions) -> None:
+    train_until(3, options)
+    train_until(5, dataclasses.replace(options, save_every=1), resume=True)
     found = [folder.name for folder in whole_checkpoints(options.run_folder)]
     assert found == ["checkpoint-4", "checkpoint-5"]
 
 
-def test_full_disk_is_said_and_survived(
-    options: TrainOptions, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        interrupt_at(3, patch, OSError(28, "No space left on device"))
-        with pytest.raises(GemError, match=r"disk of .* is full; .* --resume"):
-            train(options, progress=False)
+def test_full_disk_is_said_and_survived(options: TrainOptions) -> None:
+    full = failing_at(3, OSError(28, "No space left on device"))
+    with full, pytest.raises(GemError, match=r"disk of .* is full; .* --resume"):
+        train(options, progress=False)
     train(options, resume=True, progress=False)
     assert len(losses(options)["loss_cl"]) == options.steps
 
@@ -219,106 +158,6 @@ def test_model_card(options: TrainOptions) -> None:
     )
     assert "--alpha 0.5" in command
     assert str(options.base.parent) not in card
-
-
-@pytest.fixture
-def pairs(texts: Path, tmp_path: Path) -> Path:
-    """30 pairs of texts; their scores say nothing, so the best checkpoint is any of them."""
-    lines = texts.read_text().splitlines()
-    file = tmp_path / "pairs.jsonl"
-    rows = [
-        {"sentence1": lines[i], "sentence2": lines[i + 30], "score": (7 * i) % 11}
-        for i in range(30)
-    ]
-    file.write_text("\n".join(map(json.dumps, rows)) + "\n")
-    return file
-
-
-@pytest.mark.parametrize("interrupted", [False, True])
-@pytest.mark.parametrize("rate", [1e-3, 0.3], ids=["better", "worse"])
-def test_the_best_checkpoint_on_held_out_pairs_is_the_result(
-    options: TrainOptions,
-    pairs: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    rate: float,
-    interrupted: bool,
-) -> None:
-    options = dataclasses.replace(
-        options,
-        held_out_pairs=str(pairs),
-        save_every=4,
-        contrastive_learning_rate=rate,
-        ntp_learning_rate=rate,
-    )
-    if interrupted:
-        with monkeypatch.context() as patch:
-            interrupt_at(5, patch, KeyboardInterrupt())
-            with pytest.raises(KeyboardInterrupt):
-                train(options, progress=False)
-    train(options, resume=interrupted, progress=False)
-
-    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
-    embedder = ReferenceEmbedder(options.out)
-    first, second = (embedder.embed([row[f"sentence{side}"] for row in rows]) for side in (1, 2))
-    cosines, scores = (first * second).sum(dim=-1).numpy(), np.array([r["score"] for r in rows])
-    ranks = [((v[:, None] > v) + 0.5 * (v[:, None] == v)).sum(axis=1) for v in (cosines, scores)]
-    found = np.corrcoef(ranks)[0, 1]
-    card = (options.out / "README.md").read_text()
-    best, step, count = re.search(
-        r"pairs.jsonl`: Spearman (-?[\d.]+) at step (\d), the best of (\d)", card
-    ).groups()
-    assert found == pytest.approx(float(best), abs=2e-3)
-    assert (step, count) in {("4", "2"), ("6", "2")}
-    assert "--held-out-pairs pairs.jsonl" in " ".join(card.split())
-    assert "--save-every 4" in card
-
-
-@pytest.mark.parametrize("interrupted", [False, True])
-def test_a_run_that_no_longer_gets_better_stops(
-    options: TrainOptions, pairs: Path, monkeypatch: pytest.MonkeyPatch, interrupted: bool
-) -> None:
-    options = dataclasses.replace(
-        options,
-        held_out_pairs=str(pairs),
-        patience=2,
-        save_every=1,
-        steps=8,
-        contrastive_learning_rate=1e-12,
-        ntp_learning_rate=1e-12,
-    )
-    if interrupted:
-        with monkeypatch.context() as patch:
-            interrupt_at(2, patch, KeyboardInterrupt())
-            with pytest.raises(KeyboardInterrupt):
-                train(options, progress=False)
-    train(options, resume=interrupted, progress=False)
-    assert len(losses(options)["loss_cl"]) == 3, "the second and the third are no better"
-    card = (options.out / "README.md").read_text()
-    assert "| Steps | 3 of 8 texts; 8 were planned |" in card
-    with pytest.raises(GemError, match="needs --held-out-pairs"):
-        dataclasses.replace(options, held_out_pairs=None)
-
-
-@pytest.mark.parametrize(
-    ("lines", "message"),
-    [
-        ("no json", "line 1: not a JSON object"),
-        ('{"sentence1": "a", "sentence2": "b"}', "line 1: expected an object with sentence1"),
-        ('{"sentence1": "a", "sentence2": "b", "score": "x"}', "line 1: .* score is a number"),
-        ('{"sentence1": "a", "sentence2": "b", "score": 1}\n' * 2, "scores that differ"),
-        ("", "scores that differ"),
-    ],
-)
-def test_bad_held_out_pairs_are_refused(
-    options: TrainOptions, tmp_path: Path, lines: str, message: str
-) -> None:
-    file = tmp_path / "bad.jsonl"
-    file.write_text(lines)
-    with pytest.raises(GemError, match=message):
-        train(dataclasses.replace(options, held_out_pairs=str(file)), progress=False)
-    assert not options.run_folder.exists(), "the corrected command needs no --overwrite"
-    with pytest.raises(GemError, match=r"give a .jsonl or .jsonl.gz file"):
-        train(dataclasses.replace(options, held_out_pairs="absent.jsonl"), progress=False)
 
 
 def test_an_earlier_result_is_not_lost_by_mistake(options: TrainOptions) -> None:
