@@ -1,6 +1,6 @@
 """One GEM engine against plain vLLM and transformers, in one run on the CPU cores of one machine.
 
-    python benchmarks/engine.py --checkpoint DIR --base DIR            # about 12 minutes, 2 cores
+    python benchmarks/engine.py --checkpoint DIR --base DIR            # about 20 minutes, 2 cores
     python benchmarks/engine.py --checkpoint DIR --base DIR --quick    # a few minutes, to try it
 
 ``--checkpoint`` is a GEM checkpoint, ``--base`` the model that it was made from. Writes
@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +25,18 @@ from typing import Any
 
 import psutil
 from engine_facts import commit, cpu_name, read_texts, shown_command, weight_bytes
+from engine_loads import (
+    EMBEDDINGS_IN_FLIGHT,
+    FIRST_AMOUNTS,
+    FULL,
+    MIXED_TEXTS,
+    QUICK,
+    mixed_amounts,
+    mixed_loads,
+    solo_amount,
+    solo_load,
+    tasks_of,
+)
 from engine_peer import TRANSFORMERS_BATCH, Peer
 from engine_report import GENERATIONS, MIXED_TARGETS, PEER_OF, UNITS, markdown, mixed_name, ratios
 
@@ -35,10 +46,8 @@ from gem_vllm.demo.server import serve_dtype
 from gem_vllm.errors import GemError
 
 ROOT = Path(__file__).resolve().parents[1]
-COUNTS = ("embed", "generate", "embed_in_flight", "generate_in_flight")
 # A vLLM worker spins for a second behind its last step before it sleeps.
 SETTLE_SECONDS = 1.5
-EMBEDDINGS_IN_FLIGHT = 8
 ADAPTER_FOLDER = "gem_adapter"
 CONTEXT = 512
 # As `vllm serve` does on a CPU, but without the prefix cache: every text is computed.
@@ -50,19 +59,6 @@ ENGINE_OPTIONS: dict[str, Any] = {
     "enable_prefix_caching": False,
     "enforce_eager": True,
 }
-
-
-@dataclass(frozen=True)
-class Size:
-    """Texts embedded per round, tokens of a completion, seconds of mixed load on all cores."""
-
-    texts: dict[str, int]
-    max_tokens: int
-    mixed_seconds: float
-
-
-FULL = Size({"embed 30": 160, "embed 230": 24}, max_tokens=32, mixed_seconds=10.0)
-QUICK = Size({"embed 30": 48, "embed 230": 6}, max_tokens=8, mixed_seconds=3.0)
 
 
 def main() -> None:
@@ -87,7 +83,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, required=True, help="a GEM checkpoint")
     parser.add_argument("--base", type=Path, required=True, help="the base it was made from")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--rounds", type=int, default=3, help="the peers take turns this often")
+    parser.add_argument("--rounds", type=int, default=10, help="the peers take turns this often")
     parser.add_argument("--quick", action="store_true", help="small sizes, to try it out")
     return parser.parse_args()
 
@@ -102,7 +98,7 @@ def check(args: argparse.Namespace, cores: list[int]) -> None:
     if "gem_config" in json.loads((args.base / "config.json").read_text(encoding="utf-8")):
         raise GemError(f"{args.base} is a GEM checkpoint; --base is what it was made from")
     if args.rounds < 1:
-        raise GemError(f"--rounds is {args.rounds}; take 3 or more for figures to quote")
+        raise GemError(f"--rounds is {args.rounds}; take 10 or more for figures to quote")
     if torch.cuda.is_available():
         raise GemError("this machine has a GPU; the benchmark divides the cores of a CPU")
     if len(cores) < 2:
@@ -139,7 +135,10 @@ class Run:
             peers = {"gem": self.start(self.stack, "gem", self.cores)}
             peers |= {kind: self.start(plain, kind, self.cores) for kind in kinds}
             self.warm_up(peers)
-            solo = self.measure_solo(peers)
+            per_second = {
+                task: self.rate(peers[plain_kind], task) for task, plain_kind in PEER_OF.items()
+            }
+            solo = self.measure_solo(peers, per_second)
         gem, half = peers["gem"], len(self.cores) // 2
         self.say("starting two engines of plain vLLM, on half of the cores each")
         two = {
@@ -147,7 +146,7 @@ class Run:
             "generating": self.start(self.stack, "generating", self.cores[half:], "-half"),
         }
         self.warm_up(two)
-        mixed = self.measure_mixed(gem, two, solo)
+        mixed = self.measure_mixed(gem, two, per_second)
         weights = self.weights()
         resident = {"one": gem.resident(), "two": sum(peer.resident() for peer in two.values())}
         return {
@@ -166,21 +165,18 @@ class Run:
         return stack.enter_context(Peer.started(kind + suffix, setup, self.folder))
 
     def warm_up(self, peers: dict[str, Peer]) -> None:
-        """Wait until all have loaded, then let each do a part of everything it will be asked."""
+        """Wait until all have loaded, then let each do a little of everything it will be asked."""
         for peer in peers.values():
             peer.receive()
             self.say(f"{peer.name} has loaded")
         for kind, peer in peers.items():
             for task in tasks_of(kind):
-                load = self.load(task)
-                part = {key: max(1, load[key] // 4) if load[key] else 0 for key in COUNTS}
-                self.run_load({peer: {**load, **part}})
+                self.run_load({peer: solo_load(task, FIRST_AMOUNTS[task])})
 
-    def load(self, task: str) -> dict[str, Any]:
-        """A task alone: all texts at once, or `GENERATIONS` completions."""
-        embed = self.size.texts.get(task, 0)
-        generate = 0 if embed else GENERATIONS
-        return as_load(task if embed else "embed 30", embed, generate, embed, generate)
+    def rate(self, peer: Peer, task: str) -> float:
+        """Texts or completions per second of a task alone, to choose the size of a turn by."""
+        amount = FIRST_AMOUNTS[task]
+        return amount / self.run_load({peer: solo_load(task, amount)})
 
     def run_load(self, loads: dict[Peer, dict[str, Any]]) -> float:
         """Run one load on each peer, at the same time; seconds until the last has ended."""
@@ -190,52 +186,43 @@ class Run:
         time.sleep(SETTLE_SECONDS)
         return float(seconds)
 
-    def measure_solo(self, peers: dict[str, Peer]) -> dict[str, dict[str, list[float]]]:
+    def measure_solo(
+        self, peers: dict[str, Peer], per_second: dict[str, float]
+    ) -> dict[str, dict[str, list[float]]]:
         """Rates by task and peer; every round gives each task to all its peers in turn."""
         rates: dict[str, dict[str, list[float]]] = {task: {} for task in PEER_OF}
         for round_ in range(self.args.rounds):
             for task, of_task in rates.items():
                 turn = [kind for kind in peers if task in tasks_of(kind)]
+                amount = solo_amount(task, per_second[task], self.size.solo_seconds)
+                unit = self.size.max_tokens if task == "generate" else 1
                 for kind in turn if round_ % 2 == 0 else reversed(turn):
-                    load = self.load(task)
-                    amount = load["embed"] or load["generate"] * self.size.max_tokens
-                    rate = amount / self.run_load({peers[kind]: load})
-                    of_task.setdefault(kind, []).append(round(rate, 3))
+                    seconds = self.run_load({peers[kind]: solo_load(task, amount)})
+                    of_task.setdefault(kind, []).append(round(amount * unit / seconds, 3))
                 shown = ", ".join(f"{kind} {of_task[kind][-1]:.1f}" for kind in turn)
                 self.say(f"round {round_ + 1}: {task}, {UNITS[task]}: {shown}")
         return rates
 
     def measure_mixed(
-        self, gem: Peer, two: dict[str, Peer], solo: dict[str, dict[str, list[float]]]
+        self, gem: Peer, two: dict[str, Peer], per_second: dict[str, float]
     ) -> dict[str, dict[str, Any]]:
         """Seconds by share of embedding work, for one engine and for two, in turn."""
         mixed: dict[str, dict[str, Any]] = {}
         for share in MIXED_TARGETS:
-            texts, completions = self.mixed_work(int(share) / 100, solo)
-            mixed[share] = {"texts": texts, "completions": completions, "one": [], "two": []}
+            amounts = mixed_amounts(int(share) / 100, per_second, self.size.mixed_seconds)
+            mixed[share] = {"texts": amounts[0], "completions": amounts[1], "one": [], "two": []}
         for round_ in range(self.args.rounds):
-            for share, load in mixed.items():
-                embed = as_load("embed 30", load["texts"], 0, EMBEDDINGS_IN_FLIGHT, 0)
-                generate = as_load("embed 30", 0, load["completions"], 0, GENERATIONS)
-                both = {key: embed[key] or generate[key] for key in embed}
+            for share, work in mixed.items():
+                load = mixed_loads(work["texts"], work["completions"])
                 setups = {
-                    "one": {gem: both},
-                    "two": {two["pooling"]: embed, two["generating"]: generate},
+                    "one": {gem: load["one"]},
+                    "two": {two["pooling"]: load["embed"], two["generating"]: load["generate"]},
                 }
                 for setup in setups if round_ % 2 == 0 else reversed(setups):
-                    load[setup].append(round(self.run_load(setups[setup]), 3))
-                shown = ", ".join(f"{setup} {load[setup][-1]:.1f} s" for setup in setups)
+                    work[setup].append(round(self.run_load(setups[setup]), 3))
+                shown = ", ".join(f"{setup} {work[setup][-1]:.1f} s" for setup in setups)
                 self.say(f"round {round_ + 1}: {mixed_name(share)}: {shown}")
         return mixed
-
-    def mixed_work(self, share: float, solo: dict[str, dict[str, list[float]]]) -> tuple[int, int]:
-        """Texts and completions that take plain vLLM ``share`` and the rest of the mixed seconds,
-        each alone and on all cores."""
-        seconds = self.size.mixed_seconds
-        texts_per_s = sorted(solo["embed 30"]["pooling"])[self.args.rounds // 2]
-        tokens_per_s = sorted(solo["generate"]["generating"])[self.args.rounds // 2]
-        completions = (1 - share) * seconds * tokens_per_s / self.size.max_tokens
-        return max(1, round(share * seconds * texts_per_s)), max(1, round(completions))
 
     def weights(self) -> dict[str, int]:
         """Bytes of the weights, in the engines' dtype: of one GEM engine, of two plain ones."""
@@ -252,9 +239,6 @@ class Run:
         """Where, when and with what this was measured."""
         size = self.size
         k = GemConfig.from_pretrained(self.args.checkpoint).k
-        texts = " and ".join(
-            f"{count} of about {task.split()[1]} tokens" for task, count in size.texts.items()
-        )
         packages = ("gem-vllm", "vllm", "torch", "transformers")
         return {
             "hardware": f"{cpu_name()}, cores {self.cores}, "
@@ -267,12 +251,13 @@ class Run:
             "checkpoint": f"{self.args.checkpoint.name}, k = {k}; base: {self.args.base.name}",
             "dtype": self.setup["dtype"],
             "engines": ", ".join(f"{key}={value}" for key, value in ENGINE_OPTIONS.items()),
-            "embedding alone": f"texts: {texts}, all given at once; "
+            "turns": f"work that takes plain vLLM about {size.solo_seconds:.0f} s",
+            "embedding alone": "all texts given at once; "
             f"transformers in batches of {TRANSFORMERS_BATCH}, sorted by length",
             "generation": f"{GENERATIONS} at once, prompts of about 30 tokens, "
             f"{size.max_tokens} tokens each, greedy",
-            "mixed load": f"work that takes plain vLLM {size.mixed_seconds:.0f} s in all, each "
-            "task alone on all cores, divided as the share says; texts of about 30 tokens; "
+            "mixed load": f"work that takes plain vLLM about {size.mixed_seconds:.0f} s, each "
+            f"task alone on all cores, divided as the share says; the texts of {MIXED_TEXTS!r}; "
             f"{EMBEDDINGS_IN_FLIGHT} texts and {GENERATIONS} completions in flight; time until "
             "both kinds are done",
             "rounds": str(self.args.rounds),
@@ -282,23 +267,6 @@ class Run:
     def say(self, what: str) -> None:
         """Progress, with the seconds so far."""
         print(f"[{time.monotonic() - self.started:4.0f} s] {what}", flush=True)
-
-
-def tasks_of(kind: str) -> list[str]:
-    """The tasks that a peer of this kind does."""
-    return [
-        task
-        for task, plain in PEER_OF.items()
-        if kind in ("gem", plain) or (kind == "transformers" and task != "generate")
-    ]
-
-
-def as_load(
-    texts: str, embed: int, generate: int, embed_in_flight: int, generate_in_flight: int
-) -> dict[str, Any]:
-    """A load as peers take it; ``texts`` names the texts to embed."""
-    counts = (embed, generate, embed_in_flight, generate_in_flight)
-    return {"texts": texts, **dict(zip(COUNTS, counts, strict=True))}
 
 
 if __name__ == "__main__":

@@ -28,31 +28,41 @@ SOLO_TARGET = 0.97
 MIXED_TARGETS = {"50": 1.0, "90": 1.4, "10": 1.4}
 
 
-def median_of_ratios(first: Sequence[float], second: Sequence[float]) -> float:
-    """Median over rounds of ``first[i] / second[i]``: what drifts between rounds cancels out.
-
-    Raises:
-        ValueError: the two were not measured in the same rounds.
-    """
-    return statistics.median(a / b for a, b in zip(first, second, strict=True))
-
-
 def ratios(result: Mapping[str, Any]) -> dict[str, float]:
     """The benchmark's outcome: GEM against plain vLLM, larger is better.
 
     Returns:
         "embed 30", "embed 230", "generate": rate of the GEM engine over that of plain vLLM;
         "mixed 50/50", "mixed 90/10", "mixed 10/90" (embedding/generating work): time of two
-        engines over that of one; "weight memory": bytes of one engine over those of two.
+        engines over that of one; each the median over rounds. "weight memory": bytes of one
+        engine over those of two.
     """
-    found = {
-        task: median_of_ratios(rates["gem"], rates[PEER_OF[task]])
-        for task, rates in result["solo"].items()
-    }
-    for share, load in result["mixed"].items():
-        found[mixed_name(share)] = median_of_ratios(load["two"], load["one"])
+    found = {name: statistics.median(values) for name, values in ratios_by_round(result).items()}
     found["weight memory"] = result["memory"]["one"]["weights"] / result["memory"]["two"]["weights"]
     return {name: round(value, 3) for name, value in found.items()}
+
+
+def ratios_by_round(result: Mapping[str, Any]) -> dict[str, list[float]]:
+    """What `ratios` takes medians of: what drifts between rounds cancels out within one.
+
+    Raises:
+        ValueError: two peers were not measured in the same rounds.
+    """
+    pairs = {
+        task: (rates["gem"], rates[PEER_OF[task]]) for task, rates in result["solo"].items()
+    } | {mixed_name(share): (load["two"], load["one"]) for share, load in result["mixed"].items()}
+    return {
+        name: [a / b for a, b in zip(first, second, strict=True)]
+        for name, (first, second) in pairs.items()
+    }
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
+    """A quarter of the values are below the first, a quarter above the second."""
+    if len(values) == 1:
+        return values[0], values[0]
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, high
 
 
 def mixed_name(share: str) -> str:
@@ -66,9 +76,9 @@ def markdown(result: Mapping[str, Any]) -> str:
         "\n\n".join(
             [
                 "# One GEM engine against plain vLLM",
-                _ratio_table(ratios(result)),
-                "Each ratio is the median over rounds in which the peers took turns; larger is "
-                "better, except for the weight memory.",
+                _ratio_table(result),
+                "Each ratio is the median over rounds in which the peers took turns, with the "
+                "quartiles beside it; larger is better, except for the weight memory.",
                 "## Each task alone, on all cores",
                 _solo_table(result["solo"]),
                 "## Both tasks at once: one engine on all cores, or two on a share of them each",
@@ -83,14 +93,23 @@ def markdown(result: Mapping[str, Any]) -> str:
     )
 
 
-def _ratio_table(found: Mapping[str, float]) -> str:
+def _ratio_table(result: Mapping[str, Any]) -> str:
     targets = dict.fromkeys(PEER_OF, SOLO_TARGET)
     targets |= {mixed_name(share): target for share, target in MIXED_TARGETS.items()}
+    spread = {
+        name: "{:.2f} to {:.2f}".format(*quartiles(values))
+        for name, values in ratios_by_round(result).items()
+    }
     rows = [
-        (name, f"{value:.2f}", f">= {targets[name]}" if name in targets else "")
-        for name, value in found.items()
+        (
+            name,
+            f"{value:.2f}",
+            spread.get(name, ""),
+            f">= {targets[name]}" if name in targets else "",
+        )
+        for name, value in ratios(result).items()
     ]
-    return _table(["GEM engine / plain vLLM", "ratio", "target"], rows)
+    return _table(["GEM engine / plain vLLM", "ratio", "quartiles", "target"], rows)
 
 
 def _solo_table(solo: Mapping[str, Mapping[str, Sequence[float]]]) -> str:

@@ -1,0 +1,85 @@
+"""What the peers of `engine.py` are asked to do, and how much of it makes a turn.
+
+A load, as `engine_peer.py` takes it, names the texts to embed and says how many of them, how many
+completions, and how many of each may be in flight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from engine_report import GENERATIONS, PEER_OF
+
+COUNTS = ("embed", "generate", "embed_in_flight", "generate_in_flight")
+EMBEDDINGS_IN_FLIGHT = 8
+MIXED_TEXTS = "embed 30"
+# Small enough for a slow machine, large enough for full batches.
+FIRST_AMOUNTS = {"embed 30": 64, "embed 230": 9, "generate": GENERATIONS}
+
+
+@dataclass(frozen=True)
+class Size:
+    """About how long plain vLLM takes for a turn, and tokens of a completion.
+
+    Attributes:
+        solo_seconds: for a turn of one task alone, on all cores.
+        mixed_seconds: for all of a mixed load, each task alone and on all cores.
+        max_tokens: of every completion.
+    """
+
+    solo_seconds: float
+    mixed_seconds: float
+    max_tokens: int
+
+
+FULL = Size(solo_seconds=3.0, mixed_seconds=6.0, max_tokens=32)
+QUICK = Size(solo_seconds=1.0, mixed_seconds=2.0, max_tokens=8)
+
+
+def tasks_of(kind: str) -> list[str]:
+    """The tasks that a peer of this kind does."""
+    return [
+        task
+        for task, plain in PEER_OF.items()
+        if kind in ("gem", plain) or (kind == "transformers" and task != "generate")
+    ]
+
+
+def solo_load(task: str, amount: int) -> dict[str, Any]:
+    """A task alone: ``amount`` texts, all given at once, or completions, `GENERATIONS` at once."""
+    if task == "generate":
+        return _load(MIXED_TEXTS, 0, amount, 0, GENERATIONS)
+    return _load(task, amount, 0, amount, 0)
+
+
+def solo_amount(task: str, per_second: float, seconds: float) -> int:
+    """Texts, or completions in whole groups of `GENERATIONS`, that take ``seconds``."""
+    group = GENERATIONS if task == "generate" else 1
+    return max(1, round(per_second * seconds / group)) * group
+
+
+def mixed_amounts(share: float, per_second: Mapping[str, float], seconds: float) -> tuple[int, int]:
+    """Texts that take ``share`` of ``seconds``, and completions that take the rest.
+
+    Args:
+        share: 0 to 1.
+        per_second: task to texts or completions per second, each task alone.
+        seconds: for both, one after the other.
+    """
+    texts = share * seconds * per_second[MIXED_TEXTS]
+    completions = (1 - share) * seconds * per_second["generate"]
+    return max(1, round(texts)), max(1, round(completions))
+
+
+def mixed_loads(texts: int, completions: int) -> dict[str, dict[str, Any]]:
+    """A mixed load as "one" engine gets it, and its two parts, "embed" and "generate"."""
+    embed = _load(MIXED_TEXTS, texts, 0, EMBEDDINGS_IN_FLIGHT, 0)
+    generate = _load(MIXED_TEXTS, 0, completions, 0, GENERATIONS)
+    one = {key: embed[key] or generate[key] for key in embed}
+    return {"one": one, "embed": embed, "generate": generate}
+
+
+def _load(texts: str, *counts: int) -> dict[str, Any]:
+    return {"texts": texts, **dict(zip(COUNTS, counts, strict=True))}
