@@ -13,14 +13,17 @@ from typing import Any
 
 import torch
 from torch import nn
+from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context
+from vllm.utils.torch_utils import direct_register_custom_op
 
 from gem_vllm.plugin import step as gem_step
+
+NAME = "gem_last_mlp"
 
 
 class LastLayerMLP(nn.Module):
     """In the place of the last decoder layer's `mlp`.
-
-    Compiled models compute every row: the rows that are read change their number in every step.
 
     Attributes:
         read_rows: int64 [n] rows whose result is read, those of special tokens first and in the
@@ -35,8 +38,15 @@ class LastLayerMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`mlp` of x [tokens, hidden]; zero in rows that nobody reads."""
+        if torch.compiler.is_compiling():
+            # Left out of the graph: the rows that are read change their number in every step.
+            return torch.ops.vllm.gem_last_mlp(x, NAME)
+        return self.of_read_rows(x)
+
+    def of_read_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """`forward`, run and not traced."""
         rows = self.read_rows
-        if rows is None or torch.compiler.is_compiling():
+        if rows is None:
             return self.mlp(x)
         step = gem_step.current()
         if step is not None:
@@ -48,8 +58,20 @@ class LastLayerMLP(nn.Module):
         return torch.zeros_like(x).index_copy_(0, rows, computed)
 
 
-def wrap_last_mlp(model: Any) -> LastLayerMLP:
+def _last_mlp(x: torch.Tensor, name: str) -> torch.Tensor:
+    return get_forward_context().no_compile_layers[name].of_read_rows(x)
+
+
+def _last_mlp_fake(x: torch.Tensor, name: str) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+direct_register_custom_op(op_name="gem_last_mlp", op_func=_last_mlp, fake_impl=_last_mlp_fake)
+
+
+def wrap_last_mlp(model: Any, vllm_config: VllmConfig) -> LastLayerMLP:
     """Put a `LastLayerMLP` into a vLLM decoder; for a model with its weights loaded."""
     layer = model.model.layers[-1]
     layer.mlp = LastLayerMLP(layer.mlp)
+    vllm_config.compilation_config.static_forward_context[NAME] = layer.mlp
     return layer.mlp

@@ -18,12 +18,15 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.linear import (
     LinearBase,
     LinearMethodBase,
     MergedColumnParallelLinear,
     QKVParallelLinear,
     RowParallelLinear,
+    UnquantizedLinearMethod,
 )
 from vllm.utils.torch_utils import direct_register_custom_op
 
@@ -33,27 +36,47 @@ from gem_vllm.plugin import step as gem_step
 _PEFT_PREFIX = "base_model.model."
 
 
-def _special_lora(
-    output: torch.Tensor, x: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor
-) -> None:
-    """Add ``B A x`` to `output` at this step's special rows, in place.
+class SpecialLoRA:
+    """One linear layer's pair, multiplied as vLLM multiplies by a layer's weight.
 
     Args:
-        output: [tokens, out], the layer's own result.
-        x: [tokens, in], the layer's input.
-        lora_a: [in, r], A transposed.
-        lora_b: [r, out], B transposed, scaled by alpha / r.
+        lora_a: [r, in].
+        lora_b: [out, r], scaled by alpha / r.
     """
-    step = gem_step.current()
-    if step is not None:
-        # The few rows of a step make this a matter of calls, not of arithmetic.
+
+    def __init__(self, lora_a: torch.Tensor, lora_b: torch.Tensor) -> None:
+        self._method = UnquantizedLinearMethod()
+        self._factors = []
+        for weight in (lora_a, lora_b):
+            factor = nn.Module()
+            factor.weight = nn.Parameter(weight, requires_grad=False)
+            # On a CPU this packs the weight for the kernel that suits its shape.
+            self._method.process_weights_after_loading(factor)
+            self._factors.append(factor)
+
+    def add_to(self, output: torch.Tensor, x: torch.Tensor) -> None:
+        """Add ``B A x`` at this step's special rows, in place.
+
+        Args:
+            output: [tokens, out], the layer's own result.
+            x: [tokens, in], the layer's input.
+        """
+        step = gem_step.current()
+        if step is None:
+            return
+        # Few rows: the cost is that of the calls, and `index_add_` is a slow one.
         special = x.index_select(0, step.rows)
-        output.index_add_(0, step.rows, special.mm(lora_a).mm(lora_b))
+        for factor in self._factors:
+            special = self._method.apply(factor, special, None)
+        special += output.index_select(0, step.rows)
+        output.index_copy_(0, step.rows, special)
 
 
-def _special_lora_fake(
-    output: torch.Tensor, x: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor
-) -> None:
+def _special_lora(output: torch.Tensor, x: torch.Tensor, name: str) -> None:
+    get_forward_context().no_compile_layers[name].add_to(output, x)
+
+
+def _special_lora_fake(output: torch.Tensor, x: torch.Tensor, name: str) -> None:
     return None
 
 
@@ -66,10 +89,16 @@ direct_register_custom_op(
 
 
 class SpecialLoRALinearMethod(LinearMethodBase):
-    """A layer's own linear method, then the LoRA at special rows."""
+    """A layer's own linear method, then the LoRA at special rows.
 
-    def __init__(self, base: Any) -> None:
-        self.base = base
+    Args:
+        base: the layer's own method.
+        lora: what to add.
+        name: of `lora` among the layers that a compiled graph looks up when it runs.
+    """
+
+    def __init__(self, base: Any, lora: SpecialLoRA, name: str) -> None:
+        self.base, self.lora, self.name = base, lora, name
 
     def create_weights(self, *args: Any, **kwargs: Any) -> None:
         self.base.create_weights(*args, **kwargs)
@@ -81,41 +110,45 @@ class SpecialLoRALinearMethod(LinearMethodBase):
         self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         output = self.base.apply(layer, x, bias)
-        # A custom op where the graph is traced, which must not look into the step.
-        tracing = torch.compiler.is_compiling()
-        add = torch.ops.vllm.gem_special_lora if tracing else _special_lora
-        add(output, x, layer.gem_lora_a, layer.gem_lora_b)
+        if torch.compiler.is_compiling():
+            # A graph is traced once, and must not look into the step.
+            torch.ops.vllm.gem_special_lora(output, x, self.name)
+        else:
+            self.lora.add_to(output, x)
         return output
 
 
-def attach_adapter(
-    model: nn.Module, packed_modules: Mapping[str, list[str]], folder: Path, dtype: torch.dtype
-) -> None:
+def attach_adapter(model: nn.Module, vllm_config: VllmConfig, folder: Path) -> None:
     """Give every targeted linear layer of `model` its share of the adapter in `folder`.
 
     Args:
         model: a vLLM model with its weights loaded.
-        packed_modules: vLLM's name of a packed layer to the names that the checkpoint uses.
+        vllm_config: the engine's; the LoRAs are entered among the layers of its forward context.
         folder: holds PEFT's `adapter_config.json` and `adapter_model.safetensors`.
-        dtype: the engine's dtype.
 
     Raises:
         GemConfigError: files missing, PEFT options that are not supported, layers that the model
             does not have.
     """
     scale, pairs = _read_adapter(folder)
+    packed_modules: Mapping[str, list[str]] = model.packed_modules_mapping
+    names = []
     for name, layer in model.named_modules():
         if not isinstance(layer, LinearBase):
             continue
         parent, _, leaf = name.rpartition(".")
         shards = [pairs.pop(f"{parent}.{part}", None) for part in packed_modules.get(leaf, [leaf])]
         if any(pair is not None for pair in shards):
-            lora_a, lora_b = _pack(layer, shards, scale)
-            device = layer.weight.device
-            for side, weight in (("gem_lora_a", lora_a), ("gem_lora_b", lora_b)):
-                transposed = weight.t().to(device, dtype).contiguous()
-                layer.register_buffer(side, transposed, persistent=False)
-            layer.quant_method = SpecialLoRALinearMethod(layer.quant_method)
+            device, dtype = layer.weight.device, vllm_config.model_config.dtype
+            lora_a, lora_b = (
+                weight.to(device, dtype).contiguous() for weight in _pack(layer, shards, scale)
+            )
+            lora, lora_name = SpecialLoRA(lora_a, lora_b), f"{name}.gem_lora"
+            vllm_config.compilation_config.static_forward_context[lora_name] = lora
+            layer.quant_method = SpecialLoRALinearMethod(layer.quant_method, lora, lora_name)
+            names.append(lora_name)
+    # Into the key of vLLM's compile cache: a stored graph calls the LoRAs of exactly these layers.
+    vllm_config.additional_config["gem_lora"] = names
     if pairs:
         raise GemConfigError(
             f"the adapter in {folder} targets layers that the model does not have: "

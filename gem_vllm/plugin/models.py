@@ -43,18 +43,15 @@ class GemCausalLM(_Base):
         register_attention()
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.gem_config = GemConfig.from_hf_config(vllm_config.model_config.hf_config)
-        self._model_config = vllm_config.model_config
+        self._vllm_config = vllm_config
 
     def process_weights_after_loading(self) -> None:
         """vLLM's hook after loading: attach the adapter, where there is one; wrap the last MLP."""
         if self.gem_config.train_mode == "adapter":
-            attach_adapter(
-                self,
-                self.packed_modules_mapping,
-                _adapter_folder(self._model_config.model, self._model_config.revision),
-                self._model_config.dtype,
-            )
-        self.last_mlp = wrap_last_mlp(self)
+            model = self._vllm_config.model_config
+            folder = _adapter_folder(model.model, model.revision)
+            attach_adapter(self, self._vllm_config, folder)
+        self.last_mlp = wrap_last_mlp(self, self._vllm_config)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Logits with the special tokens at -inf: no sampling mode can emit them.

@@ -19,6 +19,7 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from gem_vllm.config import GemConfig
 from gem_vllm.plugin import step as gem_step
+from gem_vllm.plugin.frames import with_room
 from gem_vllm.plugin.pooler import pool_special_tokens
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class GemModelRunner(_Runner):
     def execute_model(self, *args: Any, **kwargs: Any) -> Any:
         """One forward pass; the step's special tokens are known only while it runs."""
         try:
-            return super().execute_model(*args, **kwargs)
+            return with_room(super().execute_model, *args, **kwargs)
         finally:
             gem_step.publish(None)
             self.model.last_mlp.read_rows = None

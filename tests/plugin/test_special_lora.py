@@ -1,0 +1,82 @@
+"""The LoRA at special rows, and the room for Python's frames, without an engine."""
+
+from __future__ import annotations
+
+import resource
+import sys
+
+import pytest
+import torch
+
+from gem_vllm.plugin import step as gem_step
+from gem_vllm.plugin.frames import with_room
+from gem_vllm.plugin.lora import SpecialLoRA
+from gem_vllm.plugin.step import GemStep
+
+
+def step_with(rows: list[int]) -> GemStep:
+    n = len(rows)
+    index = torch.zeros(n, dtype=torch.int64).numpy()
+    return GemStep(
+        rows=torch.tensor(rows), request_index=index, run_start=index, special_index=index
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("sizes", [(576, 1536, 16), (576, 960, 48), (48, 40, 4), (33, 17, 3)])
+def test_the_lora_is_added_at_special_rows_only(
+    sizes: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    n_in, n_out, rank = sizes
+    x, output = torch.randn(10, n_in, dtype=dtype), torch.randn(10, n_out, dtype=dtype)
+    lora_a = (torch.randn(rank, n_in) / n_in**0.5).to(dtype)
+    lora_b = (torch.randn(n_out, rank) / rank**0.5).to(dtype)
+    expected = output.float()
+    rows = [2, 7, 8]
+    expected[rows] += x[rows].float() @ lora_a.float().T @ lora_b.float().T
+    before, lora = output.clone(), SpecialLoRA(lora_a.clone(), lora_b.clone())
+
+    lora.add_to(output, x)
+    assert torch.equal(output, before), "no special rows in this step"
+    gem_step.publish(step_with(rows))
+    try:
+        lora.add_to(output, x)
+    finally:
+        gem_step.publish(None)
+
+    others = [i for i in range(10) if i not in rows]
+    assert torch.equal(output[others], before[others])
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(output.float(), expected, rtol=tolerance, atol=tolerance)
+
+
+def leaf() -> None:
+    """Its frame is larger than those of `descend`, so that one depth has room for no more of it."""
+
+
+leaf.__code__ = leaf.__code__.replace(co_stacksize=100)
+
+
+def page_faults_of_a_loop() -> int:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(500):
+        leaf()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def descend(depth: int) -> int:
+    return page_faults_of_a_loop() if depth == 0 else descend(depth - 1)
+
+
+def test_frames_of_a_step_share_a_chunk() -> None:
+    depths = range(300)
+    assert max(with_room(descend, depth) for depth in depths) < 100
+    if sys.version_info < (3, 12):
+        assert max(descend(depth) for depth in depths) >= 500, "the loop shows nothing"
+
+
+def test_with_room_passes_everything_on() -> None:
+    assert with_room(sorted, [1, 3, 2], reverse=True) == [3, 2, 1]
+    with pytest.raises(ZeroDivisionError):
+        with_room(divmod, 1, 0)
