@@ -57,7 +57,6 @@ ENGINE_OPTIONS: dict[str, Any] = {
     "max_model_len": CONTEXT,
     "kv_cache_memory_bytes": 1 << 30,
     "enable_prefix_caching": False,
-    "enforce_eager": True,
 }
 
 

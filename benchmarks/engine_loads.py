@@ -13,7 +13,7 @@ from typing import Any
 from engine_report import GENERATIONS, PEER_OF
 
 COUNTS = ("embed", "generate", "embed_in_flight", "generate_in_flight")
-EMBEDDINGS_IN_FLIGHT = 8
+EMBEDDINGS_IN_FLIGHT = 32
 MIXED_TEXTS = "embed 30"
 # Small enough for a slow machine, large enough for full batches.
 FIRST_AMOUNTS = {"embed 30": 64, "embed 230": 9, "generate": GENERATIONS}
