@@ -1,4 +1,4 @@
-"""The pooling head: hidden states of a request's special tokens to its embedding."""
+"""The pooling head: hidden states of requests' special tokens to their embeddings."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ def pool_special_tokens(
     """Pool, cut to `dimensions`, L2-normalise (in this order, in float32).
 
     Args:
-        hidden_states: [k, hidden], after the model's final norm, in the order of the special ids.
+        hidden_states: [..., k, hidden], after the model's final norm, in the order of the special
+            ids.
         gem_config: says whether the k states are averaged or concatenated.
         dimensions: keep the leading values only (Matryoshka); None keeps all.
         use_activation: False leaves out the normalisation; None is vLLM's default, True.
 
     Returns:
-        float32 [embedding size].
+        float32 [..., embedding size].
     """
     pooled = hidden_states.float()
-    pooled = pooled.mean(dim=0) if gem_config.pooling == "mean" else pooled.flatten()
+    pooled = pooled.mean(dim=-2) if gem_config.pooling == "mean" else pooled.flatten(-2)
     if dimensions is not None:
-        pooled = pooled[:dimensions]
+        pooled = pooled[..., :dimensions]
     return pooled if use_activation is False else normalize(pooled, dim=-1)

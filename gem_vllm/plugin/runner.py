@@ -8,6 +8,7 @@ stays valid. The hidden states of its special tokens are collected between `exec
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -139,17 +140,26 @@ class GemModelRunner(_Runner):
             states = hidden_states[step.rows].float().cpu()
             for i, j, state in zip(step.request_index, step.special_index, states, strict=True):
                 self._special_states[req_ids[i]][int(j)] = state
-        embeddings = {}
+        alike = defaultdict(list)
         for i in self._finished_embeddings:
-            request_id = req_ids[i]
-            params = self.requests[request_id].pooling_params
+            params = self.requests[req_ids[i]].pooling_params
             assert params is not None
-            collected = self._special_states[request_id]
-            embeddings[request_id] = pool_special_tokens(
-                torch.stack([collected[j] for j in range(self.gem_config.k)]),
-                self.gem_config,
-                dimensions=params.dimensions,
-                use_activation=params.use_activation,
+            alike[params.dimensions, params.use_activation].append(req_ids[i])
+        embeddings: dict[str, torch.Tensor] = {}
+        for (dimensions, use_activation), request_ids in alike.items():
+            special = torch.stack(
+                [
+                    self._special_states[request_id][j]
+                    for request_id in request_ids
+                    for j in range(self.gem_config.k)
+                ]
             )
+            pooled = pool_special_tokens(
+                special.unflatten(0, (-1, self.gem_config.k)),
+                self.gem_config,
+                dimensions=dimensions,
+                use_activation=use_activation,
+            )
+            embeddings.update(zip(request_ids, pooled, strict=True))
         self._finished_embeddings = []
         return embeddings

@@ -109,6 +109,10 @@ def test_pooling() -> None:
     assert pool_special_tokens(states, mean).tolist() == pytest.approx([2 / 3, 2 / 3, 1 / 3])
     assert pool_special_tokens(states, mean, dimensions=1).tolist() == [1.0]
     assert pool_special_tokens(states, concat, use_activation=False).tolist() == [3, 0, 1, 1, 4, 1]
+    batch = torch.stack([states, states.flip(0), 2 * states])
+    for config in (mean, concat):
+        alone = torch.stack([pool_special_tokens(one, config, dimensions=2) for one in batch])
+        assert torch.equal(pool_special_tokens(batch, config, dimensions=2), alone)
 
 
 def test_step_counts_travel_and_leave_nothing_behind() -> None:
