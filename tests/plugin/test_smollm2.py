@@ -80,13 +80,18 @@ def test_float32_agreement(
 def test_bfloat16_agreement(
     k: int, checkpoint: Callable[[int], Path], sentences: list[list[int]]
 ) -> None:
-    """Random special tokens feel bfloat16 more than trained ones, in transformers as well."""
+    """One random special token, with nothing to average over, is further off; in transformers too.
+
+    See the shipped adapter, below, for a trained one.
+    """
     texts = texts_of(sentences, [1, 30, 127, 200, *range(20, 60)])
     expected = ReferenceEmbedder(checkpoint(k)).embed(texts)
     same_dtype = ReferenceEmbedder(checkpoint(k), dtype=torch.bfloat16).embed(texts)
     with running_engine(checkpoint(k), max_model_len=LIMIT, dtype="bfloat16") as llm:
         agreement = cosines(embed(llm, texts), expected)
     assert agreement.median() >= 0.999
+    if k > 1:
+        assert agreement[:4].min() >= 0.999
     assert (1 - agreement).mean() <= 1.25 * (1 - cosines(same_dtype, expected)).mean()
 
 
