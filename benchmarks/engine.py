@@ -42,8 +42,8 @@ from engine_report import GENERATIONS, MIXED_TARGETS, PEER_OF, UNITS, markdown, 
 
 from gem_vllm.config import GemConfig
 from gem_vllm.demo.processes import terminated_like_interrupted
-from gem_vllm.demo.server import serve_dtype
 from gem_vllm.errors import GemError
+from gem_vllm.machine import serve_dtype
 
 ROOT = Path(__file__).resolve().parents[1]
 # A vLLM worker spins for a second behind its last step before it sleeps.

@@ -12,8 +12,8 @@ from typing import Any
 
 from safetensors import safe_open
 
-from gem_vllm.demo.server import CPUINFO
 from gem_vllm.errors import GemError
+from gem_vllm.machine import CPUINFO
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = ROOT / "examples" / "wikipedia_train.txt"

@@ -23,8 +23,8 @@ from typing import Any
 import psutil
 
 from gem_vllm.demo.processes import process_group
-from gem_vllm.demo.server import serve_environment
 from gem_vllm.errors import GemError
+from gem_vllm.machine import serve_environment
 
 LOAD_SECONDS = 900.0
 LOG_TAIL_LINES = 12

@@ -8,6 +8,7 @@ import typer
 
 from gem_vllm.commands.adapter import app as adapter
 from gem_vllm.commands.demo import demo
+from gem_vllm.commands.embed import embed
 from gem_vllm.commands.fetch import fetch
 from gem_vllm.commands.train import train
 from gem_vllm.errors import GemError
@@ -21,6 +22,7 @@ app = typer.Typer(
 app.command()(fetch)
 app.command()(train)
 app.add_typer(adapter, name="adapter")
+app.command()(embed)
 app.command()(demo)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import subprocess
 import sys
@@ -15,10 +14,10 @@ import httpx
 
 from gem_vllm.demo.processes import process_group
 from gem_vllm.errors import GemError
+from gem_vllm.machine import serve_dtype, serve_environment
 
 SERVED_NAME = "gem"
 CONTEXT_TOKENS = 2048
-CPUINFO = Path("/proc/cpuinfo")
 KV_CACHE = "1G"
 START_SECONDS = 600.0
 LOG_TAIL_LINES = 30
@@ -58,25 +57,6 @@ def serve_command(checkpoint: Path, port: int) -> list[str]:
     ]
 
 
-def serve_dtype() -> str:
-    """float32 on a CPU that has no bfloat16 arithmetic, which vLLM would emulate there."""
-    return "auto" if _has_cuda() or _cpu_has_bfloat16() else "float32"
-
-
-def serve_environment() -> dict[str, str]:
-    """This process's environment, and what makes vLLM use a small CPU well."""
-    env = dict(os.environ)
-    if _has_cuda() or sys.platform != "linux":
-        return env
-    # By default vLLM keeps one core for its scheduler: half of a two-core machine.
-    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
-    env.setdefault("VLLM_CPU_OMP_THREADS_BIND", cores)
-    openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
-    if openmp.is_file():
-        env["LD_PRELOAD"] = ":".join(filter(None, (str(openmp), env.get("LD_PRELOAD"))))
-    return env
-
-
 def wait_until_healthy(
     server: subprocess.Popen[bytes], url: str, log: Path, on_wait: Callable[[float], None]
 ) -> None:
@@ -105,16 +85,3 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def _has_cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
-
-
-def _cpu_has_bfloat16() -> bool:
-    if not CPUINFO.is_file():
-        return False
-    flags = CPUINFO.read_text(encoding="utf-8", errors="replace").split()
-    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)

@@ -10,4 +10,4 @@ from tests.demo import stand_ins
 @pytest.fixture
 def fake_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     stand_ins.fake_vllm(monkeypatch)
-    monkeypatch.setattr("gem_vllm.demo.server._has_cuda", lambda: False)
+    monkeypatch.setattr("gem_vllm.machine.has_cuda", lambda: False)

@@ -10,6 +10,7 @@ from subprocess import Popen
 import numpy as np
 import pytest
 
+from gem_vllm import machine
 from gem_vllm.demo import run, server
 from gem_vllm.demo.retrieval import BaseEmbeddings, RetrievalTask
 
@@ -59,4 +60,4 @@ def without_a_model(patch: pytest.MonkeyPatch) -> None:
         return BaseEmbeddings(rows[: len(task.queries)], rows, tokens_per_second=100.0)
 
     patch.setattr(run, "embed_with_base", embed)
-    patch.setattr(server, "_has_cuda", lambda: False)
+    patch.setattr(machine, "has_cuda", lambda: False)

@@ -13,6 +13,7 @@ import pytest
 from gem_vllm.demo import server
 from gem_vllm.demo.client import Client, Totals
 from gem_vllm.demo.processes import process_group
+from gem_vllm.machine import serve_environment
 from tests.tiny import make_tiny_checkpoint
 
 
@@ -35,7 +36,7 @@ def test_every_process_of_the_engine_ends_with_it(
     monkeypatch.setattr(server, "CONTEXT_TOKENS", 256)
     command = server.serve_command(tmp_path / "model", port := server._free_port())
     log = tmp_path / "log"
-    with process_group(command, env=server.serve_environment(), log=log) as process:
+    with process_group(command, env=serve_environment(), log=log) as process:
         url = f"http://127.0.0.1:{port}"
         server.wait_until_healthy(process, url, log, lambda seconds: None)
         session = members_of_session(process.pid)

@@ -7,6 +7,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from gem_vllm import machine
 from gem_vllm.demo import server
 from gem_vllm.errors import GemError
 
@@ -48,32 +49,10 @@ def test_a_server_that_never_answers_is_an_error(
     assert waits
 
 
-@pytest.mark.parametrize(
-    ("flags", "dtype"),
-    [("fma avx2", "float32"), ("avx512_bf16 fma", "auto"), ("amx_bf16", "auto")],
-)
-def test_bfloat16_only_where_the_cpu_computes_it(
-    flags: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "cpuinfo").write_text(f"processor : 0\nflags : {flags}\n")
-    monkeypatch.setattr(server, "CPUINFO", tmp_path / "cpuinfo")
-    monkeypatch.setattr(server, "_has_cuda", lambda: False)
-    assert server.serve_dtype() == dtype
-
-
-def test_vllm_gets_every_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "_has_cuda", lambda: False)
-    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {3, 1})
-    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
-    assert server.serve_environment()["VLLM_CPU_OMP_THREADS_BIND"] == "1,3"
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0")
-    assert server.serve_environment()["VLLM_CPU_OMP_THREADS_BIND"] == "0"
-
-
 def test_the_command_caps_memory_and_names_the_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server, "_has_cuda", lambda: False)
+    monkeypatch.setattr(machine, "has_cuda", lambda: False)
     command = server.serve_command(tmp_path, 1234)
     assert Path(command[0]).name == "vllm"
     assert command[1:3] == ["serve", str(tmp_path)]

@@ -1,0 +1,41 @@
+"""What vLLM needs to be told about the machine at hand."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+CPUINFO = Path("/proc/cpuinfo")
+
+
+def serve_dtype() -> str:
+    """float32 on a CPU that has no bfloat16 arithmetic, which vLLM would emulate there."""
+    return "auto" if has_cuda() or _cpu_has_bfloat16() else "float32"
+
+
+def serve_environment() -> dict[str, str]:
+    """This process's environment, and what makes vLLM use a small CPU well."""
+    env = dict(os.environ)
+    if has_cuda() or sys.platform != "linux":
+        return env
+    # By default vLLM keeps one core for its scheduler: half of a two-core machine.
+    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+    env.setdefault("VLLM_CPU_OMP_THREADS_BIND", cores)
+    openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
+    if openmp.is_file():
+        env["LD_PRELOAD"] = ":".join(filter(None, (str(openmp), env.get("LD_PRELOAD"))))
+    return env
+
+
+def has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _cpu_has_bfloat16() -> bool:
+    if not CPUINFO.is_file():
+        return False
+    flags = CPUINFO.read_text(encoding="utf-8", errors="replace").split()
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)

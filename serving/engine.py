@@ -1,0 +1,229 @@
+"""One vLLM engine in a thread of its own, to which other threads hand rows.
+
+The engine runs in the process that uses it, so that it ends when that process is killed, and takes
+embedding and generation requests in the same steps. Requests are taken in by tokens, not by rows:
+what is in flight fills a few steps of the engine, whatever the lengths of the texts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gem_vllm.serving.errors import JobError
+
+STEPS_IN_FLIGHT = 4
+
+
+class BadRow(ValueError):
+    """The engine refuses a row; the message says why."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the engine made of one request.
+
+    Attributes:
+        vector: float32 [d] of an embedding request.
+        text: of a generation request.
+        tokens: of the prompt, and generated.
+    """
+
+    vector: np.ndarray | None
+    text: str | None
+    tokens: int
+
+
+@dataclass
+class _Request:
+    prompt: list[int]
+    params: Any
+    future: Future[Answer]
+
+    @property
+    def weight(self) -> int:
+        return len(self.prompt) + (getattr(self.params, "max_tokens", None) or 0)
+
+
+class EngineThread:
+    """A GEM checkpoint's engine.
+
+    Args:
+        model: folder of the checkpoint.
+        options: of vLLM's `EngineArgs`.
+        dimensions: leading numbers of an embedding; None for all.
+        max_tokens: of an answer.
+    """
+
+    def __init__(
+        self, model: Path, options: Mapping[str, Any], dimensions: int | None, max_tokens: int
+    ) -> None:
+        self._arguments = (model, dict(options))
+        self._dimensions, self._max_tokens = dimensions, max_tokens
+        self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
+        self._waiting: dict[str, _Request] = {}
+        self._room = threading.Condition()
+        self._tokens = 0
+        self._failure: BaseException | None = None
+        self._ready = threading.Event()
+        # Threads of the engine's kernels belong to the thread that starts it: it runs there too.
+        self._thread = threading.Thread(target=self._run, name="gem-engine", daemon=True)
+        self._thread.start()
+        self._ready.wait()
+        self._raise_failure()
+
+    def embed(self, texts: Sequence[str]) -> list[Future[Answer]]:
+        """A future for each text; waits while the engine has enough to do.
+
+        A future raises `BadRow` for a text that cannot be embedded, `JobError` when the engine
+        has failed.
+        """
+        from vllm import PoolingParams
+
+        params = PoolingParams(task="embed", dimensions=self._dimensions)
+        prompts = self._tokenizer(list(texts))["input_ids"] if texts else []
+        return [self._submit(prompt, params) for prompt in prompts]
+
+    def generate(self, prompts: Sequence[str]) -> list[Future[Answer]]:
+        """As `embed`: the answer to each prompt, by the chat template where there is one."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=0.0, max_tokens=self._max_tokens)
+        if self._tokenizer.chat_template is None:
+            ids = self._tokenizer(list(prompts))["input_ids"] if prompts else []
+        else:
+            ids = [
+                self._tokenizer.apply_chat_template(
+                    [{"role": "user", "content": prompt}],
+                    add_generation_prompt=True,
+                    return_dict=True,
+                )["input_ids"]
+                for prompt in prompts
+            ]
+        return [self._submit(prompt, params) for prompt in ids]
+
+    def close(self) -> None:
+        """End the thread; requests in flight are dropped."""
+        self._requests.put(None)
+        self._thread.join()
+
+    def _submit(self, prompt: list[int], params: Any) -> Future[Answer]:
+        request = _Request(prompt, params, Future())
+        with self._room:
+            while (
+                self._failure is None
+                and self._tokens
+                and (self._tokens + request.weight > self._limit)
+            ):
+                self._room.wait()
+            self._raise_failure()
+            self._tokens += request.weight
+        self._requests.put(request)
+        return request.future
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            reason = str(self._failure).strip() or type(self._failure).__name__
+            raise JobError(f"the engine failed: {reason}") from self._failure
+
+    def _run(self) -> None:
+        try:
+            self._start()
+        except BaseException as error:
+            self._failure = error
+            return
+        finally:
+            self._ready.set()
+        try:
+            self._serve()
+        except BaseException as error:
+            with self._room:
+                self._failure = error
+                self._room.notify_all()
+            self._fail_waiting()
+        finally:
+            with contextlib.suppress(Exception):
+                self._engine.engine_core.shutdown()
+
+    def _start(self) -> None:
+        from vllm import LLM
+
+        model, options = self._arguments
+        llm = LLM(str(model), disable_log_stats=True, **options)
+        self._engine, self._tokenizer = llm.llm_engine, llm.get_tokenizer()
+        budget = self._engine.vllm_config.scheduler_config.max_num_batched_tokens
+        self._limit = STEPS_IN_FLIGHT * budget
+
+    def _serve(self) -> None:
+        added = 0
+        while True:
+            while not self._requests.empty() or not self._engine.has_unfinished_requests():
+                request = self._requests.get()
+                if request is None:
+                    return
+                self._add(f"{added}", request)
+                added += 1
+            finished = [
+                (self._waiting.pop(output.request_id), output)
+                for output in self._engine.step()
+                if output.finished
+            ]
+            # Once a step: whoever waits for room takes the interpreter from the engine.
+            self._release(request for request, _ in finished)
+            for request, output in finished:
+                request.future.set_result(_answer(request, output))
+
+    def _add(self, name: str, request: _Request) -> None:
+        from vllm.sampling_params import RequestOutputKind
+
+        params = request.params.clone()
+        params.output_kind = RequestOutputKind.FINAL_ONLY
+        try:
+            self._engine.add_request(name, {"prompt_token_ids": request.prompt}, params)
+        except ValueError as error:
+            # As the server answers with 400: too long, empty, a reserved token.
+            self._release([request])
+            request.future.set_exception(BadRow(str(error).strip().split("\n", 1)[0]))
+        else:
+            self._waiting[name] = request
+
+    def _release(self, requests: Iterable[_Request]) -> None:
+        if weight := sum(request.weight for request in requests):
+            with self._room:
+                self._tokens -= weight
+                self._room.notify_all()
+
+    def _fail_waiting(self) -> None:
+        waiting = [*self._waiting.values()]
+        while not self._requests.empty():
+            if (request := self._requests.get()) is not None:
+                waiting.append(request)
+        for request in waiting:
+            request.future.set_exception(JobError(f"the engine failed: {self._failure}"))
+
+
+def _answer(request: _Request, output: Any) -> Answer:
+    if hasattr(output.outputs, "data"):
+        return Answer(output.outputs.data.float().numpy(), None, len(request.prompt))
+    (completion,) = output.outputs
+    return Answer(None, completion.text, len(request.prompt) + len(completion.token_ids))
+
+
+def in_order(futures: Sequence[Future[Answer]], bad: Callable[[int, str], None]) -> list[Any]:
+    """The answers to `futures`; None, and a call of ``bad`` with index and reason, for bad rows."""
+    answers: list[Answer | None] = []
+    for i, future in enumerate(futures):
+        try:
+            answers.append(future.result())
+        except BadRow as error:
+            bad(i, str(error))
+            answers.append(None)
+    return answers

@@ -1,0 +1,239 @@
+"""The batch job: `Replica`s in a Ray Data actor pool write shards until all are there.
+
+What flows through Ray Data is which shards to do and what became of them; rows stay in the replica
+that reads, embeds and writes them. So neither the driver nor the object store grows with the input,
+and a replica, a node or the driver that dies costs the shards it had not finished: Ray gives them
+to another replica, or the next run of the same command does them.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import pyarrow.parquet as pq
+import ray
+
+from gem_vllm.errors import GemError
+from gem_vllm.machine import has_cuda, serve_dtype, serve_environment
+from gem_vllm.serving.errors import JobError
+from gem_vllm.serving.inputs import column_types, count_rows, list_files
+from gem_vllm.serving.manifest import (
+    DONE,
+    SUMMARY,
+    OutputFolder,
+    Plan,
+    Shard,
+    fingerprint,
+    folder_sha256,
+    make_plan,
+)
+from gem_vllm.serving.options import EmbedOptions, ReplicaOptions
+from gem_vllm.serving.replica import Replica, shard_rows
+
+SHARDS_PER_REPLICA = 16
+SHARD_ROWS = (512, 20_000)
+SHARDS_IN_FLIGHT = 2
+# A replica that is killed is made anew; one that is killed again and again is not.
+RESTARTS = 10
+FOOTER_READERS = 16
+
+Report = Callable[[dict[str, Any]], None]
+
+
+def run_embed_job(
+    options: EmbedOptions, replicas: ReplicaOptions, report: Report = lambda progress: None
+) -> dict[str, Any]:
+    """Embed all rows of the input, or go on with what an earlier run has left.
+
+    Args:
+        options: what to do; checked here.
+        replicas: by how many engines, with what.
+        report: called with "rows", "rows_done", "rows_now" (of this run), "tokens_now",
+            "seconds" and "replicas" whenever a shard is finished.
+
+    Returns:
+        The summary, as written to `manifest.SUMMARY`.
+
+    Raises:
+        GemError: the job cannot be begun; nothing was written.
+        JobError: it could not go on, or its counts do not add up; what is finished stays.
+    """
+    options.check()
+    replicas.check()
+    files = list_files(options.input)
+    types = column_types(files, options.columns())
+    output = OutputFolder(options.output)
+    start = time.monotonic()
+    bound = {
+        "input": fingerprint(files),
+        "checkpoint": folder_sha256(options.model),
+        "options": options.decisive(),
+    }
+    with _cluster(replicas):
+
+        def new_plan() -> Plan:
+            rows = ray.get([ray.remote(count_rows).remote(file) for file in files])
+            chosen = options.rows_per_shard or min(
+                max(sum(rows) // (SHARDS_PER_REPLICA * replicas.max_replicas), SHARD_ROWS[0]),
+                SHARD_ROWS[1],
+            )
+            return make_plan(bound, files, rows, chosen)
+
+        plan = output.open_plan(bound, new_plan)
+        output.remove_scraps()
+        done = output.finished()
+        rows_before = sum(counts["rows"] for counts in done.values())
+        pending = [shard for shard in plan.shards if shard.index not in done]
+        now = {"rows": 0, "tokens": 0}
+        seen: set[int] = set()
+        for counts in _write(pending, plan, options, replicas, types) if pending else ():
+            seen.add(int(counts["replica"]))
+            for key in now:
+                now[key] += int(counts[key])
+            report(
+                {
+                    "rows": plan.rows,
+                    "rows_done": rows_before + now["rows"],
+                    "rows_now": now["rows"],
+                    "tokens_now": now["tokens"],
+                    "seconds": time.monotonic() - start,
+                    "replicas": len(seen),
+                }
+            )
+    summary = _summary(output, plan, options)
+    summary["this_run"] = {**now, "seconds": round(time.monotonic() - start, 3)}
+    output.write_json(SUMMARY, summary)
+    return summary
+
+
+@contextmanager
+def _cluster(replicas: ReplicaOptions) -> Iterator[None]:
+    """Ray, of this job's own unless one is running here or an address is given."""
+    if ray.is_initialized():
+        yield
+        return
+    try:
+        ray.init(address=replicas.ray_address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise GemError(f"--ray-address {replicas.ray_address}: {error}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _write(
+    pending: list[Shard],
+    plan: Plan,
+    options: EmbedOptions,
+    replicas: ReplicaOptions,
+    types: dict[str, Any],
+) -> Iterator[dict[str, Any]]:
+    """Write shards; yields what `Replica` gives for each, as they are finished."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    rows = ray.data.from_items(shard_rows(pending, plan.files), override_num_blocks=len(pending))
+    (cpus, gpus), environment, engine = _replica_needs(replicas)
+    finished = rows.map_batches(
+        Replica,
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(
+            min_size=min(replicas.min_replicas, len(pending)),
+            max_size=min(replicas.max_replicas, len(pending)),
+            max_tasks_in_flight_per_actor=SHARDS_IN_FLIGHT,
+            max_concurrent_calls_per_actor=SHARDS_IN_FLIGHT,
+            enable_true_multi_threading=True,
+        ),
+        fn_constructor_kwargs={
+            "options": options,
+            "engine": engine,
+            "bound": plan.bound,
+            "types": types,
+        },
+        runtime_env={"env_vars": environment},
+        num_cpus=cpus,
+        num_gpus=gpus,
+        ray_remote_args_fn=lambda: {"max_restarts": RESTARTS, "max_task_retries": RESTARTS},
+    )
+    try:
+        for counts in finished.iter_rows():
+            if counts["failure"]:
+                raise JobError(counts["failure"])
+            yield counts
+    except ray.exceptions.RayError as error:
+        raise JobError(_last_line(error)) from error
+
+
+def _replica_needs(
+    replicas: ReplicaOptions,
+) -> tuple[tuple[float, float], dict[str, str], dict[str, Any]]:
+    """CPUs and GPUs, the environment and the engine's options of a replica."""
+    cluster = ray.cluster_resources()
+    engine = dict(replicas.engine)
+    if replicas.tensor_parallel > 1:
+        engine |= {
+            "tensor_parallel_size": replicas.tensor_parallel,
+            "distributed_executor_backend": "mp",
+        }
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
+    if cluster.get("GPU"):
+        return (replicas.cpus or 1, replicas.tensor_parallel), environment, engine
+    if not has_cuda():
+        engine.setdefault("dtype", serve_dtype())
+        served = serve_environment()
+        environment |= {k: served[k] for k in ("LD_PRELOAD",) if k in served}
+        # One engine gets the cores themselves; of several, none knows which are the others'.
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = (
+            served["VLLM_CPU_OMP_THREADS_BIND"] if replicas.max_replicas == 1 else "nobind"
+        )
+    cpus = replicas.cpus or max(1, int(cluster.get("CPU", 1)) // replicas.max_replicas)
+    environment["OMP_NUM_THREADS"] = str(max(1, int(cpus) // replicas.tensor_parallel))
+    return (cpus, 0), environment, engine
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def _summary(output: OutputFolder, plan: Plan, options: EmbedOptions) -> dict[str, Any]:
+    """The job's counts, from the finished shards; JobError unless they and the files agree."""
+    done = output.finished()
+    totals = {
+        key: sum(counts[key] for counts in done.values())
+        for key in ("rows", "embedded", "reported", "tokens")
+    }
+    missing = [shard.name for shard in plan.shards if shard.index not in done]
+    if missing:
+        raise JobError(
+            f"{len(missing)} of {len(plan.shards)} shards are not finished (first: {missing[0]}); "
+            "run the same command again to go on"
+        )
+
+    def written(shard: Shard) -> int:
+        with output.fs.open(f"{output.path}/part-{shard.name}.parquet", "rb") as file:
+            return int(pq.read_metadata(file).num_rows)
+
+    with ThreadPoolExecutor(FOOTER_READERS) as pool:
+        in_files = sum(pool.map(written, plan.shards))
+    expected = totals["rows"] if options.on_error == "null" else totals["embedded"]
+    if totals["rows"] != plan.rows or totals["embedded"] + totals["reported"] != plan.rows:
+        raise JobError(f"the input has {plan.rows} rows, the shards' counts in {DONE} are {totals}")
+    if in_files != expected:
+        raise JobError(f"the files hold {in_files} rows, {expected} were counted as written")
+    return {
+        "rows_in": plan.rows,
+        "rows_embedded": totals["embedded"],
+        "rows_reported": totals["reported"],
+        "rows_written": in_files,
+        "tokens": totals["tokens"],
+        "shards": len(plan.shards),
+        "vector": {"dtype": options.dtype, "size": options.vector_size()},
+        "checkpoint_sha256": plan.bound["checkpoint"],
+    }

@@ -1,0 +1,237 @@
+"""The state of a batch job, in its output folder: what it is, and which shards are finished.
+
+    OUTPUT/part-00000.parquet      vectors, a file for each shard
+    OUTPUT/_gem/plan.json          what the job is bound to, its input files and shards
+    OUTPUT/_gem/done/00000.json    written when part-00000 is whole; this decides
+    OUTPUT/_gem/errors/00000.parquet   rows of the shard that were reported, with their reasons
+    OUTPUT/_gem/summary.json       at the end
+
+Names that begin with "_" are left out by whatever reads the folder as a data set. Nothing has the
+name it is known by before it is whole: a local file is written beside it, synced and renamed; an
+object store takes a file whole or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from gem_vllm.errors import GemError
+from gem_vllm.serving.inputs import InputFile
+
+STATE = "_gem"
+PLAN, SUMMARY = f"{STATE}/plan.json", f"{STATE}/summary.json"
+DONE, ERRORS = f"{STATE}/done", f"{STATE}/errors"
+_HASH_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Rows ``start`` to ``stop`` of an input file, which become one output file."""
+
+    index: int
+    file: int
+    start: int
+    stop: int
+
+    @property
+    def name(self) -> str:
+        """For the names of its files."""
+        return f"{self.index:05d}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a job is bound to, and how its rows are divided.
+
+    Attributes:
+        bound: "input", "checkpoint" and "options": the job goes on only while these are the same.
+        files: that are read.
+        shards: of all rows, in order.
+    """
+
+    bound: dict[str, Any]
+    files: list[InputFile]
+    shards: list[Shard]
+
+    @property
+    def rows(self) -> int:
+        """Rows of the input."""
+        return sum(shard.stop - shard.start for shard in self.shards)
+
+
+def make_plan(
+    bound: dict[str, Any], files: Sequence[InputFile], rows: Sequence[int], rows_per_shard: int
+) -> Plan:
+    """Divide files of so many ``rows`` each into shards of ``rows_per_shard`` at most."""
+    shards: list[Shard] = []
+    for i, count in enumerate(rows):
+        for start in range(0, count, rows_per_shard):
+            stop = min(start + rows_per_shard, count)
+            shards.append(Shard(len(shards), i, start, stop))
+    return Plan(bound, list(files), shards)
+
+
+def fingerprint(files: Sequence[InputFile]) -> str:
+    """Of the input: every file's name, size and time of modification (or ETag)."""
+    text = json.dumps([asdict(file) for file in files])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def folder_sha256(folder: Path) -> str:
+    """Of a checkpoint: names and contents of all its files."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode())
+        with path.open("rb") as file:
+            while block := file.read(_HASH_BYTES):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+class OutputFolder:
+    """A job's output folder, local or on any fsspec file system.
+
+    Args:
+        url: of the folder; made when the first file is written.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        try:
+            self.fs, self.path = fsspec.core.url_to_fs(url)
+        except (OSError, ValueError, ImportError) as error:
+            raise GemError(f"--output {url} cannot be used: {error}") from error
+        self.path = self.path.rstrip("/")
+        self.local = "file" in (
+            (self.fs.protocol,) if isinstance(self.fs.protocol, str) else self.fs.protocol
+        )
+
+    @contextlib.contextmanager
+    def writing(self, name: str) -> Iterator[str]:
+        """A path to write; what is there at the end becomes the file ``name``, whole, or nothing.
+
+        Args:
+            name: in the folder, with "/".
+        """
+        target = f"{self.path}/{name}"
+        parent, _, leaf = target.rpartition("/")
+        if self.local:
+            os.makedirs(parent, exist_ok=True)
+            scratch = f"{parent}/.{leaf}-{uuid.uuid4().hex}"
+        else:
+            scratch = os.path.join(tempfile.gettempdir(), f"{leaf}-{uuid.uuid4().hex}")
+        try:
+            yield scratch
+            if self.local:
+                _fsync(scratch)
+                os.replace(scratch, target)
+                _fsync(parent)
+            else:
+                self.fs.put_file(scratch, target)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(scratch)
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write ``value`` as the file ``name``."""
+        with self.writing(name) as path:
+            Path(path).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+    def read_json(self, name: str) -> Any:
+        """What is in the file ``name``; None where there is no such file."""
+        try:
+            return json.loads(self.fs.cat_file(f"{self.path}/{name}"))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise GemError(
+                f"{self.url}/{name} is not JSON ({error}); choose another --output"
+            ) from error
+
+    def open_plan(self, bound: dict[str, Any], make: Callable[[], Plan]) -> Plan:
+        """The plan of the job that this folder has, or a new one.
+
+        Args:
+            bound: what the job at hand is bound to.
+            make: the plan, for a folder that has none.
+
+        Raises:
+            GemError: the folder has another job's output, or something else.
+        """
+        found = self.read_json(PLAN)
+        if found is None:
+            self._refuse_foreign()
+            plan = make()
+            self.write_json(PLAN, asdict(plan))
+            return plan
+        differences = "; ".join(_differences(found["bound"], bound))
+        if differences:
+            raise GemError(
+                f"{self.url} has the output of another job: {differences}. Choose another "
+                "--output, or give what the job began with to go on with it"
+            )
+        return Plan(
+            found["bound"],
+            [InputFile(**file) for file in found["files"]],
+            [Shard(**shard) for shard in found["shards"]],
+        )
+
+    def finished(self) -> dict[int, dict[str, Any]]:
+        """Index to counts of every finished shard."""
+        self.fs.invalidate_cache()
+        try:
+            names = [p.rsplit("/", 1)[-1] for p in self.fs.ls(f"{self.path}/{DONE}", detail=False)]
+        except FileNotFoundError:
+            return {}
+        indices = [
+            int(n.removesuffix(".json")) for n in names if n.endswith(".json") and n[0] != "."
+        ]
+        return {i: self.read_json(f"{DONE}/{i:05d}.json") for i in sorted(indices)}
+
+    def remove_scraps(self) -> None:
+        """Remove what writers that were killed have left behind."""
+        if not self.local:
+            return
+        root = Path(self.path)
+        for folder in (root, root / DONE, root / ERRORS, root / STATE):
+            for path in folder.glob(".*-*"):
+                path.unlink(missing_ok=True)
+
+    def _refuse_foreign(self) -> None:
+        if self.fs.isfile(self.path):
+            raise GemError(f"--output {self.url} is a file; name a folder")
+        try:
+            entries = self.fs.ls(self.path, detail=False)
+        except FileNotFoundError:
+            return
+        if foreign := [entry for entry in entries if not entry.endswith(f"/{STATE}")]:
+            name = foreign[0].rstrip("/").rsplit("/", 1)[-1]
+            raise GemError(f"--output {self.url} holds something else ({name}); choose another")
+
+
+def _differences(had: Any, has: Any, name: str = "") -> Iterator[str]:
+    if isinstance(had, dict) and isinstance(has, dict):
+        for key in [*had, *(key for key in has if key not in had)]:
+            yield from _differences(had.get(key), has.get(key), key)
+    elif had != has:
+        shown = f"{name} was {had!r}, is {has!r}" if name != "input" else "the input files changed"
+        yield shown if name != "checkpoint" else "the checkpoint is another"
+
+
+def _fsync(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

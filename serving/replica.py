@@ -1,0 +1,299 @@
+"""A replica of a batch job: one engine, which turns shards into files."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gem_vllm.serving.engine import Answer, EngineThread, in_order
+from gem_vllm.serving.errors import JobError
+from gem_vllm.serving.inputs import BROKEN_FILE, Chunk, InputFile, read_rows
+from gem_vllm.serving.manifest import DONE, ERRORS, OutputFolder, Shard
+from gem_vllm.serving.options import GENERATED, ID, EmbedOptions
+from gem_vllm.serving.vectors import vector_columns, vector_fields
+
+CHUNKS_IN_FLIGHT = 3
+ERROR_SCHEMA = pa.schema(
+    [("file", pa.string()), ("row", pa.int64()), ("id", pa.string()), ("reason", pa.string())]
+)
+
+
+@dataclass
+class _Work:
+    """A chunk whose good rows are with the engine."""
+
+    chunk: Chunk
+    good: list[int]
+    embeddings: list[Any]
+    answers: list[Any]
+
+
+@dataclass
+class _Counts:
+    rows: int = 0
+    embedded: int = 0
+    reported: int = 0
+    tokens: int = 0
+    errors: list[tuple[str, int, str | None, str]] = field(default_factory=list)
+
+
+class Replica:
+    """What Ray Data makes one of in every actor of the pool.
+
+    Args:
+        options: of the job.
+        engine: options of vLLM's engine.
+        bound: what the job is bound to, for the files' metadata.
+        types: the input's columns, by name.
+    """
+
+    def __init__(
+        self,
+        options: EmbedOptions,
+        engine: dict[str, Any],
+        bound: dict[str, Any],
+        types: dict[str, pa.DataType],
+    ) -> None:
+        self._options, self._types = options, types
+        self._engine_options = engine
+        self._engine: EngineThread | None = None
+        self._starting = threading.Lock()
+        self._output = OutputFolder(options.output)
+        self._size = options.vector_size()
+        self._schema = self._make_schema(bound)
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
+        """Write the shard that is the batch's one row.
+
+        Args:
+            batch: "index", "file", "start", "stop" and "url", as `shard_rows` gives them.
+
+        Returns:
+            One row: "failure", empty or why the job cannot go on, and the shard's counts.
+        """
+        row = {key: values[0] for key, values in batch.items()}
+        shard = Shard(*(int(row[key]) for key in ("index", "file", "start", "stop")))
+        counts = dict.fromkeys(("rows", "embedded", "reported", "tokens"), 0)
+        failure = ""
+        try:
+            counts |= self._write(shard, InputFile(str(row["url"]), 0, ""))
+        except JobError as error:
+            # As a value: of an exception, what reaches the driver through Ray Data is a text.
+            failure = str(error)
+        result = {**counts, "failure": failure, "replica": os.getpid()}
+        return {key: [value] for key, value in result.items()}
+
+    def _write(self, shard: Shard, file: InputFile) -> dict[str, int]:
+        self._start_engine()
+        counts = _Counts()
+        try:
+            with (
+                self._output.writing(f"part-{shard.name}.parquet") as path,
+                pq.ParquetWriter(path, self._schema, compression="zstd") as writer,
+            ):
+                for table in self._tables(shard, file, counts):
+                    writer.write_table(table)
+            self._check_count(shard, file, counts)
+            self._write_errors(shard, counts)
+            done = {
+                "rows": counts.rows,
+                "embedded": counts.embedded,
+                "reported": counts.reported,
+                "tokens": counts.tokens,
+            }
+            self._output.write_json(f"{DONE}/{shard.name}.json", done)
+        except OSError as error:
+            raise JobError(
+                f"{self._options.output} cannot be written: {error}. Mend that, and run the same "
+                "command again to go on"
+            ) from error
+        return done
+
+    def _start_engine(self) -> None:
+        """With the first shard: an actor whose constructor fails is made again, for ever."""
+        o = self._options
+        with self._starting:
+            if self._engine is None:
+                self._engine = EngineThread(
+                    o.model, self._engine_options, o.dimensions, o.max_tokens
+                )
+
+    def _check_count(self, shard: Shard, file: InputFile, counts: _Counts) -> None:
+        if counts.rows != shard.stop - shard.start:
+            raise JobError(
+                f"{file.url}: {shard.stop - shard.start} rows were counted from {shard.start} on, "
+                f"and {counts.rows} found; the file has changed. Choose another --output"
+            )
+
+    def _write_errors(self, shard: Shard, counts: _Counts) -> None:
+        if not counts.errors:
+            return
+        columns = zip(*counts.errors, strict=True)
+        arrays = [
+            pa.array(column, field.type)
+            for column, field in zip(columns, ERROR_SCHEMA, strict=True)
+        ]
+        with self._output.writing(f"{ERRORS}/{shard.name}.parquet") as path:
+            pq.write_table(pa.Table.from_arrays(arrays, schema=ERROR_SCHEMA), path)
+
+    def _tables(self, shard: Shard, file: InputFile, counts: _Counts) -> Iterator[pa.Table]:
+        """The shard's rows, in order; while one chunk is waited for, others are with the engine."""
+        chunks = read_rows(file, shard.start, shard.stop, self._types, self._options.text_column)
+        pending: deque[_Work] = deque()
+        try:
+            for chunk in chunks:
+                pending.append(self._submit(chunk))
+                if len(pending) == CHUNKS_IN_FLIGHT:
+                    yield self._table(pending.popleft(), file, counts)
+        except BROKEN_FILE as error:
+            raise JobError(f"{file.url} cannot be read: {error}") from error
+        while pending:
+            yield self._table(pending.popleft(), file, counts)
+
+    def _submit(self, chunk: Chunk) -> _Work:
+        assert self._engine is not None
+        texts: list[str] = []
+        good: list[int] = []
+        id_column = self._options.id_column
+        needed = [name for name in (id_column, *self._options.prompt_columns()) if name is not None]
+        for i, value in enumerate(chunk.columns[self._options.text_column].to_pylist()):
+            problem = chunk.problems.get(i) or _problem_of(value)
+            for name in needed:
+                if problem is None and not chunk.columns[name][i].is_valid:
+                    problem = f"column '{name}' is null"
+            if problem is None:
+                good.append(i)
+                texts.append(value.decode("utf-8"))
+            else:
+                chunk.problems[i] = problem
+        embeddings = self._engine.embed(texts)
+        answers = []
+        if self._options.generate is not None:
+            columns = {
+                name: chunk.columns[name].to_pylist() for name in self._options.prompt_columns()
+            }
+            prompts = [
+                self._options.generate.format(
+                    **{
+                        name: texts[n] if name == self._options.text_column else values[i]
+                        for name, values in columns.items()
+                    }
+                )
+                for n, i in enumerate(good)
+            ]
+            answers = self._engine.generate(prompts)
+        return _Work(chunk, good, embeddings, answers)
+
+    def _table(self, work: _Work, file: InputFile, counts: _Counts) -> pa.Table:
+        chunk, options = work.chunk, self._options
+
+        def bad(n: int, reason: str) -> None:
+            chunk.problems.setdefault(work.good[n], reason)
+
+        vectors: list[np.ndarray | None] = [None] * len(chunk)
+        texts: list[str | None] = [None] * len(chunk)
+        answered: list[Answer | None]
+        for kind in (work.embeddings, work.answers):
+            answered = in_order(kind, bad)
+            for i, answer in zip(work.good, answered, strict=False):
+                if answer is not None:
+                    counts.tokens += answer.tokens
+                    if answer.vector is not None:
+                        vectors[i] = answer.vector
+                    else:
+                        texts[i] = answer.text
+        ids = self._ids(chunk, file)
+        for i in sorted(chunk.problems):
+            vectors[i] = texts[i] = None
+            row, id_ = chunk.start + i, ids[i].as_py()
+            if options.on_error == "fail":
+                raise JobError(
+                    f"{file.url} row {row}: {chunk.problems[i]}. Mend the row, or choose "
+                    "--on-error skip or null"
+                )
+            shown = None if id_ is None else str(id_)
+            counts.errors.append((file.url, row, shown, chunk.problems[i]))
+        counts.rows += len(chunk)
+        counts.reported += len(chunk.problems)
+        counts.embedded += len(chunk) - len(chunk.problems)
+        columns = {
+            ID: ids,
+            **{name: chunk.columns[name] for name in options.keep},
+            **vector_columns(vectors, options.dtype, self._size),
+        }
+        if options.text_column in options.keep:
+            columns[options.text_column] = _strings(chunk, options.text_column)
+        if options.generate is not None:
+            columns[GENERATED] = pa.array(texts, pa.string())
+        table = pa.Table.from_arrays(
+            [columns[name] for name in self._schema.names], schema=self._schema
+        )
+        if options.on_error == "skip" and chunk.problems:
+            keep = np.ones(len(chunk), dtype=bool)
+            keep[list(chunk.problems)] = False
+            table = table.filter(pa.array(keep))
+        return table
+
+    def _ids(self, chunk: Chunk, file: InputFile) -> pa.Array:
+        if self._options.id_column is None:
+            rows = range(chunk.start, chunk.start + len(chunk))
+            return pa.array([f"{file.url}:{row}" for row in rows], pa.string())
+        if self._options.id_column == self._options.text_column:
+            return _strings(chunk, self._options.text_column)
+        return chunk.columns[self._options.id_column]
+
+    def _make_schema(self, bound: dict[str, Any]) -> pa.Schema:
+        o, text = self._options, {self._options.text_column: pa.string()}
+        types = {**self._types, **text}
+        id_type = pa.string() if o.id_column is None else types[o.id_column]
+        fields = [
+            pa.field(ID, id_type),
+            *(pa.field(name, types[name]) for name in o.keep),
+            *vector_fields(o.dtype, self._size),
+        ]
+        if o.generate is not None:
+            fields.append(pa.field(GENERATED, pa.string()))
+        metadata = {"gem.checkpoint_sha256": bound["checkpoint"], "gem.dtype": o.dtype}
+        return pa.schema(fields, metadata)
+
+
+def _problem_of(value: bytes | None) -> str | None:
+    if value is None:
+        return "the text is null"
+    if not value:
+        return "the text is empty"
+    try:
+        value.decode("utf-8")
+    except UnicodeDecodeError:
+        return "invalid UTF-8"
+    return None
+
+
+def _strings(chunk: Chunk, name: str) -> pa.Array:
+    values = chunk.columns[name].to_pylist()
+    return pa.array(
+        [None if v is None or _problem_of(v) == "invalid UTF-8" else v.decode() for v in values],
+        pa.string(),
+    )
+
+
+def shard_rows(shards: list[Shard], files: list[InputFile]) -> list[dict[str, Any]]:
+    """The shards as rows that `Replica` takes."""
+    return [
+        {
+            "index": shard.index,
+            "file": shard.file,
+            "start": shard.start,
+            "stop": shard.stop,
+            "url": files[shard.file].url,
+        }
+        for shard in shards
+    ]
