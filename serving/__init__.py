@@ -1,1 +1,14 @@
-"""Serving at scale: GEM checkpoints behind Ray."""
+"""GEM at scale, on Ray: batch jobs over large data sets.
+
+| module | what |
+|---|---|
+| `job` | `gem-vllm embed`: plan, actor pool, progress, the count at the end |
+| `replica` | one engine that turns shards of rows into Parquet files |
+| `manifest` | what is finished, and what a job is bound to, in its output folder |
+| `inputs` | Parquet, JSON lines, CSV and text, row by row, bad rows included |
+| `vectors` | embeddings as Arrow columns |
+| `engine` | vLLM's engine in a thread, fed by tokens |
+| `pool` | Ray, and actors with the cores or GPUs of an engine |
+| `processor` | the same engine as a step of any Ray Data pipeline |
+| `options` | what a job is asked to do |
+"""

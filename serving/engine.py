@@ -182,13 +182,14 @@ class EngineThread:
                 request.future.set_result(_answer(request, output))
 
     def _add(self, name: str, request: _Request) -> None:
+        from vllm.exceptions import VLLMClientError
         from vllm.sampling_params import RequestOutputKind
 
         params = request.params.clone()
         params.output_kind = RequestOutputKind.FINAL_ONLY
         try:
             self._engine.add_request(name, {"prompt_token_ids": request.prompt}, params)
-        except ValueError as error:
+        except (VLLMClientError, ValueError) as error:
             # As the server answers with 400: too long, empty, a reserved token.
             self._release([request])
             request.future.set_exception(BadRow(str(error).strip().split("\n", 1)[0]))

@@ -8,18 +8,14 @@ to another replica, or the next run of the same command does them.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
 import pyarrow.parquet as pq
 import ray
 
-from gem_vllm.errors import GemError
-from gem_vllm.machine import has_cuda, serve_dtype, serve_environment
 from gem_vllm.serving.errors import JobError
 from gem_vllm.serving.inputs import column_types, count_rows, list_files
 from gem_vllm.serving.manifest import (
@@ -33,13 +29,11 @@ from gem_vllm.serving.manifest import (
     make_plan,
 )
 from gem_vllm.serving.options import EmbedOptions, ReplicaOptions
+from gem_vllm.serving.pool import map_in_pool, ray_cluster
 from gem_vllm.serving.replica import Replica, shard_rows
 
 SHARDS_PER_REPLICA = 16
 SHARD_ROWS = (512, 20_000)
-SHARDS_IN_FLIGHT = 2
-# A replica that is killed is made anew; one that is killed again and again is not.
-RESTARTS = 10
 FOOTER_READERS = 16
 
 Report = Callable[[dict[str, Any]], None]
@@ -74,7 +68,7 @@ def run_embed_job(
         "checkpoint": folder_sha256(options.model),
         "options": options.decisive(),
     }
-    with _cluster(replicas):
+    with ray_cluster(replicas):
 
         def new_plan() -> Plan:
             rows = ray.get([ray.remote(count_rows).remote(file) for file in files])
@@ -111,22 +105,6 @@ def run_embed_job(
     return summary
 
 
-@contextmanager
-def _cluster(replicas: ReplicaOptions) -> Iterator[None]:
-    """Ray, of this job's own unless one is running here or an address is given."""
-    if ray.is_initialized():
-        yield
-        return
-    try:
-        ray.init(address=replicas.ray_address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise GemError(f"--ray-address {replicas.ray_address}: {error}") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
 def _write(
     pending: list[Shard],
     plan: Plan,
@@ -135,31 +113,14 @@ def _write(
     types: dict[str, Any],
 ) -> Iterator[dict[str, Any]]:
     """Write shards; yields what `Replica` gives for each, as they are finished."""
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
     rows = ray.data.from_items(shard_rows(pending, plan.files), override_num_blocks=len(pending))
-    (cpus, gpus), environment, engine = _replica_needs(replicas)
-    finished = rows.map_batches(
+    finished = map_in_pool(
+        rows,
         Replica,
+        replicas,
+        most_actors=len(pending),
         batch_size=1,
-        compute=ray.data.ActorPoolStrategy(
-            min_size=min(replicas.min_replicas, len(pending)),
-            max_size=min(replicas.max_replicas, len(pending)),
-            max_tasks_in_flight_per_actor=SHARDS_IN_FLIGHT,
-            max_concurrent_calls_per_actor=SHARDS_IN_FLIGHT,
-            enable_true_multi_threading=True,
-        ),
-        fn_constructor_kwargs={
-            "options": options,
-            "engine": engine,
-            "bound": plan.bound,
-            "types": types,
-        },
-        runtime_env={"env_vars": environment},
-        num_cpus=cpus,
-        num_gpus=gpus,
-        ray_remote_args_fn=lambda: {"max_restarts": RESTARTS, "max_task_retries": RESTARTS},
+        arguments={"options": options, "bound": plan.bound, "types": types},
     )
     try:
         for counts in finished.iter_rows():
@@ -168,33 +129,6 @@ def _write(
             yield counts
     except ray.exceptions.RayError as error:
         raise JobError(_last_line(error)) from error
-
-
-def _replica_needs(
-    replicas: ReplicaOptions,
-) -> tuple[tuple[float, float], dict[str, str], dict[str, Any]]:
-    """CPUs and GPUs, the environment and the engine's options of a replica."""
-    cluster = ray.cluster_resources()
-    engine = dict(replicas.engine)
-    if replicas.tensor_parallel > 1:
-        engine |= {
-            "tensor_parallel_size": replicas.tensor_parallel,
-            "distributed_executor_backend": "mp",
-        }
-    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
-    if cluster.get("GPU"):
-        return (replicas.cpus or 1, replicas.tensor_parallel), environment, engine
-    if not has_cuda():
-        engine.setdefault("dtype", serve_dtype())
-        served = serve_environment()
-        environment |= {k: served[k] for k in ("LD_PRELOAD",) if k in served}
-        # One engine gets the cores themselves; of several, none knows which are the others'.
-        environment["VLLM_CPU_OMP_THREADS_BIND"] = (
-            served["VLLM_CPU_OMP_THREADS_BIND"] if replicas.max_replicas == 1 else "nobind"
-        )
-    cpus = replicas.cpus or max(1, int(cluster.get("CPU", 1)) // replicas.max_replicas)
-    environment["OMP_NUM_THREADS"] = str(max(1, int(cpus) // replicas.tensor_parallel))
-    return (cpus, 0), environment, engine
 
 
 def _last_line(error: BaseException) -> str:

@@ -169,6 +169,8 @@ class OutputFolder:
         Raises:
             GemError: the folder has another job's output, or something else.
         """
+        if self.fs.isfile(self.path):
+            raise GemError(f"--output {self.url} is a file; name a folder")
         found = self.read_json(PLAN)
         if found is None:
             self._refuse_foreign()
@@ -209,8 +211,6 @@ class OutputFolder:
                 path.unlink(missing_ok=True)
 
     def _refuse_foreign(self) -> None:
-        if self.fs.isfile(self.path):
-            raise GemError(f"--output {self.url} is a file; name a folder")
         try:
             entries = self.fs.ls(self.path, detail=False)
         except FileNotFoundError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -105,7 +106,12 @@ def embed(
         ray_address=ray_address,
     )
     try:
-        with terminated_like_interrupted(), _Progress() as progress:
+        # Ray has things to say while it works; standard output is the summary's alone.
+        with (
+            contextlib.redirect_stdout(sys.stderr),
+            terminated_like_interrupted(),
+            _Progress() as progress,
+        ):
             summary = run_embed_job(options, replicas, progress.update)
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on", file=sys.stderr)

@@ -1,0 +1,108 @@
+"""Engines as actors: Ray itself, and a Ray Data actor pool in which each actor has one."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+
+from gem_vllm.errors import GemError
+from gem_vllm.machine import serve_dtype, serve_environment
+from gem_vllm.serving.options import ReplicaOptions
+
+# While one call of an actor waits for its last rows, the next one's are with the engine.
+CALLS_IN_FLIGHT = 2
+# An actor that is killed is made anew; one that is killed again and again is not.
+RESTARTS = 10
+
+
+@contextmanager
+def ray_cluster(replicas: ReplicaOptions) -> Iterator[None]:
+    """Ray, of this job's own unless one is running here or an address is given."""
+    if ray.is_initialized():
+        yield
+        return
+    try:
+        ray.init(address=replicas.ray_address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise GemError(f"--ray-address {replicas.ray_address}: {error}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def map_in_pool(
+    rows: ray.data.Dataset,
+    actor: type,
+    replicas: ReplicaOptions,
+    *,
+    most_actors: int | None,
+    batch_size: int,
+    arguments: Mapping[str, Any],
+) -> ray.data.Dataset:
+    """`rows.map_batches(actor)`, in actors with the cores or GPUs of an engine each.
+
+    Args:
+        rows: to map.
+        actor: a callable class; two threads call it.
+        replicas: how many, with what.
+        most_actors: of use; None for `replicas.max_replicas`.
+        batch_size: rows of a call.
+        arguments: of the class, besides "engine": the options of vLLM's engine.
+    """
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    (cpus, gpus), environment, engine = _needs(replicas)
+    most = min(replicas.max_replicas, most_actors or replicas.max_replicas)
+    with warnings.catch_warnings():
+        # Ray 2.60 has no other way yet to bound the restarts, which it leaves without bound.
+        warnings.filterwarnings("ignore", message=".*ray_remote_args_fn.*")
+        return rows.map_batches(
+            actor,
+            batch_size=batch_size,
+            compute=ray.data.ActorPoolStrategy(
+                min_size=min(replicas.min_replicas, most),
+                max_size=most,
+                max_tasks_in_flight_per_actor=CALLS_IN_FLIGHT,
+                max_concurrent_calls_per_actor=CALLS_IN_FLIGHT,
+                enable_true_multi_threading=True,
+            ),
+            fn_constructor_kwargs={**arguments, "engine": engine},
+            runtime_env={"env_vars": environment},
+            num_cpus=cpus,
+            num_gpus=gpus,
+            ray_remote_args_fn=lambda: {"max_restarts": RESTARTS, "max_task_retries": RESTARTS},
+        )
+
+
+def _needs(
+    replicas: ReplicaOptions,
+) -> tuple[tuple[float, float], dict[str, str], dict[str, Any]]:
+    """CPUs and GPUs, the environment and the engine's options of an actor."""
+    cluster = ray.cluster_resources()
+    engine = dict(replicas.engine)
+    if replicas.tensor_parallel > 1:
+        engine |= {
+            "tensor_parallel_size": replicas.tensor_parallel,
+            "distributed_executor_backend": "mp",
+        }
+    # The engine in the actor's own process: it ends when the actor is killed.
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
+    if cluster.get("GPU"):
+        return (replicas.cpus or 1, replicas.tensor_parallel), environment, engine
+    engine.setdefault("dtype", serve_dtype())
+    served = serve_environment()
+    if "LD_PRELOAD" in served:
+        environment["LD_PRELOAD"] = served["LD_PRELOAD"]
+    # One engine gets the cores themselves; of several, none knows which are the others'.
+    alone = replicas.max_replicas == replicas.tensor_parallel == 1
+    bound_to = served.get("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    environment["VLLM_CPU_OMP_THREADS_BIND"] = bound_to if alone else "nobind"
+    cpus = replicas.cpus or max(1, int(cluster.get("CPU", 1)) // replicas.max_replicas)
+    environment["OMP_NUM_THREADS"] = str(max(1, int(cpus) // replicas.tensor_parallel))
+    return (cpus, 0), environment, engine

@@ -1,0 +1,153 @@
+"""Every row of every format has its number, whatever is wrong with it."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from gem_vllm.errors import GemError
+from gem_vllm.serving import inputs
+from gem_vllm.serving.inputs import Chunk, column_types, count_rows, list_files, read_rows
+
+
+def read_all(path: Path, names: list[str], start: int = 0, stop: int | None = None) -> list[Chunk]:
+    (file,) = list_files(str(path))
+    types = column_types([file], names)
+    return list(read_rows(file, start, count_rows(file) if stop is None else stop, types, names[0]))
+
+
+def texts(chunks: list[Chunk], name: str = "text") -> list[Any]:
+    return [value for chunk in chunks for value in chunk.columns[name].to_pylist()]
+
+
+@pytest.fixture(params=["parquet", "jsonl", "jsonl.gz", "csv", "csv.gz", "txt", "txt.gz"])
+def numbered(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """1,300 rows, "text 0" and so on, in each format."""
+    path = tmp_path / f"rows.{request.param}"
+    rows = [f"text {i}" for i in range(1300)]
+    kind = request.param.removesuffix(".gz")
+    if kind == "parquet":
+        pq.write_table(pa.table({"text": rows, "n": range(1300)}), path, row_group_size=400)
+        return path
+    lines = {
+        "jsonl": [json.dumps({"text": row, "n": i}) for i, row in enumerate(rows)],
+        "csv": ["text,n", *(f'"{row}",{i}' for i, row in enumerate(rows))],
+        "txt": rows,
+    }[kind]
+    data = ("\n".join(lines) + "\n").encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 1300), (0, 1), (399, 401), (700, 1299)])
+def test_any_range_of_rows(numbered: Path, start: int, stop: int) -> None:
+    chunks = read_all(numbered, ["text"], start, stop)
+    assert texts(chunks) == [f"text {i}".encode() for i in range(start, stop)]
+    assert chunks[0].start == start
+    assert all(len(chunk) <= inputs.CHUNK_ROWS and not chunk.problems for chunk in chunks)
+
+
+def test_other_columns_keep_their_types(numbered: Path) -> None:
+    if ".txt" in numbered.name:
+        with pytest.raises(GemError, match="no column 'n'; its columns are: text"):
+            read_all(numbered, ["text", "n"])
+        return
+    values = texts(read_all(numbered, ["text", "n"], 10, 12), "n")
+    assert values == (["10", "11"] if ".csv" in numbered.name else [10, 11])
+
+
+def test_bad_json_lines_are_rows_with_problems(tmp_path: Path) -> None:
+    lines = [
+        b'{"text": "good", "n": 1}',
+        b"{not json",
+        b'{"text": 7, "n": 2}',
+        b'{"text": "caf\xe9", "n": 3}',
+        b"[1]",
+        b'{"n": 4}',
+        b'{"text": "x", "n": "four"}',
+        rb'{"text": "half a pair \ud800", "n": 5}',
+        b"",
+        b'{"text": "good too", "n": 6}',
+    ]
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    (chunk,) = read_all(path, ["text"])
+    problems = {i: problem.split(":")[0] for i, problem in chunk.problems.items()}
+    assert problems == {
+        1: "not JSON",
+        2: "the text is int, not a string",
+        3: "invalid UTF-8",
+        4: "not a JSON object",
+        8: "not JSON",
+    }
+    assert texts([chunk])[0] == b"good"
+    assert texts([chunk])[5] is None
+    with pytest.raises(UnicodeDecodeError):
+        texts([chunk])[7].decode()
+
+
+def test_a_value_of_another_type_is_the_rows_problem(tmp_path: Path) -> None:
+    path = tmp_path / "n.jsonl"
+    rows = [{"text": "a", "n": 1}] * inputs.SAMPLED_ROWS + [{"text": "b", "n": "one"}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    chunk = read_all(path, ["text", "n"])[-1]
+    assert list(chunk.problems.values()) == ["column 'n' is not int64: 'one'"]
+    assert texts([chunk], "n")[-2:] == [1, None]
+
+
+def test_bad_csv_lines_are_rows_with_problems(tmp_path: Path) -> None:
+    path = tmp_path / "bad.csv"
+    path.write_bytes(b'id,text\n1,one\n2\n3,"two\nlines"\n4,caf\xe9\n')
+    (chunk,) = read_all(path, ["text", "id"])
+    assert chunk.problems == {1: "1 fields, the first line has 2"}
+    assert texts([chunk])[:3] == [b"one", None, b"two\nlines"]
+    with pytest.raises(UnicodeDecodeError):
+        texts([chunk])[3].decode()
+
+
+def test_parquet_text_that_is_no_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "bytes.parquet"
+    pq.write_table(pa.table({"text": pa.array([b"good", b"\xff", None], pa.binary())}), path)
+    assert texts(read_all(path, ["text"])) == [b"good", b"\xff", None]
+
+
+def test_folders_globs_and_what_they_leave_out(tmp_path: Path) -> None:
+    for name in ("b.txt", "sub/a.txt", "_gem/c.txt", ".hidden.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x\n")
+    names = [Path(file.url).name for file in list_files(str(tmp_path))]
+    assert names == ["b.txt", "a.txt"]
+    assert [Path(f.url).name for f in list_files(f"{tmp_path}/*.txt")] == [".hidden.txt", "b.txt"]
+
+
+@pytest.mark.parametrize(
+    ("names", "spec", "message"),
+    [
+        ([], "", "names no file"),
+        ([], "missing.txt", "cannot be read"),
+        ([], "*.txt", "names no file"),
+        (["a.txt", "b.csv"], "", "several formats"),
+        (["a.docx"], "a.docx", "give files that end with .parquet"),
+        ([], "nofs://x", "cannot be read"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(
+    names: list[str], spec: str, message: str, tmp_path: Path
+) -> None:
+    for name in names:
+        (tmp_path / name).write_text("x\n")
+    with pytest.raises(GemError, match=message):
+        list_files(spec if "://" in spec else str(tmp_path / spec))
+
+
+def test_a_file_that_is_no_parquet_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    path.write_text("no")
+    with pytest.raises(GemError, match="cannot be read"):
+        column_types(list_files(str(path)), ["text"])

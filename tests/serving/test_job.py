@@ -1,0 +1,236 @@
+"""The batch job on a tiny model: every row once, what is wrong reported, interruptions survived."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+import torch
+
+from gem_vllm.errors import GemError
+from gem_vllm.reference import ReferenceEmbedder
+from gem_vllm.serving.errors import JobError
+from gem_vllm.serving.job import run_embed_job
+from gem_vllm.serving.manifest import DONE, ERRORS
+from gem_vllm.serving.options import EmbedOptions, ReplicaOptions
+from gem_vllm.serving.processor import EmbedProcessorConfig, build_embed_processor
+from gem_vllm.tokens import load_tokenizer
+
+ENGINE = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "kv_cache_memory_bytes": 1 << 26,
+    "max_model_len": 256,
+    "max_num_batched_tokens": 512,
+}
+REPLICAS = ReplicaOptions(engine=ENGINE)
+WORDS = ("river", "bridge", "library", "moon", "bread", "capital", "France", "water", "rock")
+
+
+def sentence(i: int) -> str:
+    return " ".join(WORDS[(i * 7 + j * j) % len(WORDS)] for j in range(2 + i % 40)) + f" {i}"
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint: Callable[..., Path]) -> Path:
+    return tiny_checkpoint("llama", k=2)
+
+
+def table_of(output: str) -> pa.Table:
+    parts = sorted(Path(output).glob("part-*.parquet"))
+    return pa.concat_tables([pq.read_table(part) for part in parts])
+
+
+def errors_of(output: str) -> list[dict[str, Any]]:
+    parts = sorted(Path(output, ERRORS).glob("*.parquet"))
+    return [row for part in parts for row in pq.read_table(part).to_pylist()]
+
+
+def reference(model: Path, texts: list[str]) -> torch.Tensor:
+    tokenizer = load_tokenizer(model)
+    return ReferenceEmbedder(model).embed([tokenizer(text)["input_ids"] for text in texts])
+
+
+def agreement(embeddings: pa.ChunkedArray, expected: torch.Tensor) -> float:
+    have = torch.tensor(np.stack(embeddings.to_pylist()))
+    return float(torch.nn.functional.cosine_similarity(have.double(), expected.double()).min())
+
+
+def jsonl(path: Path, count: int) -> Path:
+    path.write_text(
+        "".join(json.dumps({"id": i, "text": sentence(i)}) + "\n" for i in range(count))
+    )
+    return path
+
+
+@pytest.mark.usefixtures("cluster")
+def test_vectors_are_the_references_in_the_inputs_order(model: Path, tmp_path: Path) -> None:
+    options = EmbedOptions(
+        model=model,
+        input=str(jsonl(tmp_path / "in.jsonl", 150)),
+        output=str(tmp_path / "out"),
+        id_column="id",
+        keep=("text",),
+        generate="Say {text} in one word.",
+        max_tokens=3,
+        rows_per_shard=40,
+    )
+    reports: list[dict[str, Any]] = []
+    summary = run_embed_job(options, REPLICAS, reports.append)
+    table = table_of(options.output)
+    assert table["id"].to_pylist() == list(range(150))
+    assert table["text"].to_pylist() == [sentence(i) for i in range(150)]
+    assert agreement(table["embedding"], reference(model, table["text"].to_pylist())) >= 0.9999
+    assert all(isinstance(text, str) for text in table["generated"].to_pylist())
+    assert (summary["rows_in"], summary["rows_embedded"], summary["shards"]) == (150, 150, 4)
+    assert reports[-1]["rows_done"] == reports[-1]["rows"] == 150
+    metadata = pq.read_schema(Path(options.output) / "part-00000.parquet").metadata
+    assert metadata[b"gem.checkpoint_sha256"].decode() == summary["checkpoint_sha256"]
+
+    # Once more: nothing is left to do. Then, with a shard and a half gone, just these.
+    again = run_embed_job(options, REPLICAS)
+    assert again["this_run"]["rows"] == 0
+    Path(options.output, DONE, "00001.json").unlink()
+    Path(options.output, DONE, "00003.json").unlink()
+    assert run_embed_job(options, REPLICAS)["this_run"]["rows"] == 40 + 30
+    assert table_of(options.output)["id"].to_pylist() == list(range(150))
+    with pytest.raises(GemError, match="dtype was 'float32', is 'int8'"):
+        run_embed_job(replace(options, dtype="int8"), REPLICAS)
+
+
+BAD_ROWS = (
+    ({"id": 1, "text": None}, "the text is null"),
+    ({"id": 2, "text": ""}, "the text is empty"),
+    ({"id": 3, "text": "bread " * 400}, "maximum context length is 256 tokens"),
+    ({"id": 4, "text": "a <|gem_0|> b"}, "reserved GEM token <|gem_0|>"),
+    ({"id": 5, "text": 12}, "the text is int, not a string"),
+    ({"id": None, "text": "no id"}, "column 'id' is null"),
+)
+
+
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.parametrize("on_error", ["skip", "null"])
+def test_bad_rows_are_reported_and_the_counts_add_up(
+    on_error: str, model: Path, tmp_path: Path
+) -> None:
+    rows: list[dict[str, Any] | str] = [{"id": 100 + i, "text": sentence(i)} for i in range(20)]
+    rows[5:5] = [row for row, _ in BAD_ROWS]
+    lines = [json.dumps(row) for row in rows] + ["{torn"]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    options = EmbedOptions(
+        model=model,
+        input=str(tmp_path / "in.jsonl"),
+        output=str(tmp_path / "out"),
+        id_column="id",
+        dtype="float16",
+        on_error=on_error,
+    )
+    summary = run_embed_job(options, REPLICAS)
+    assert (summary["rows_in"], summary["rows_embedded"], summary["rows_reported"]) == (27, 20, 7)
+    errors = errors_of(options.output)
+    assert [error["row"] for error in errors] == [5, 6, 7, 8, 9, 10, 26]
+    for error, (_, reason) in zip(errors, BAD_ROWS, strict=False):
+        assert reason in error["reason"]
+    assert errors[-1]["reason"].startswith("not JSON")
+    table = table_of(options.output)
+    missing = [vector is None for vector in table["embedding"].to_pylist()]
+    assert sum(missing) == (7 if on_error == "null" else 0)
+    good = table.filter(pa.array([not none for none in missing]))
+    assert good["id"].to_pylist() == list(range(100, 120))
+    assert agreement(good["embedding"], reference(model, [sentence(i) for i in range(20)])) > 0.999
+
+
+@pytest.mark.usefixtures("cluster")
+def test_the_first_bad_row_ends_a_job_that_may_not_have_any(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text("one\n\nthree\n")
+    options = EmbedOptions(model=model, input=str(tmp_path / "in.txt"), output=str(tmp_path / "o"))
+    with pytest.raises(JobError, match=r"in.txt row 1: the text is empty. Mend the row"):
+        run_embed_job(options, REPLICAS)
+    assert not list(Path(options.output).glob("part-*"))
+
+
+@pytest.mark.usefixtures("cluster")
+def test_an_engine_that_cannot_start_ends_the_job_with_its_reason(
+    model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "in.txt").write_text("one\n")
+    options = EmbedOptions(model=model, input=str(tmp_path / "in.txt"), output=str(tmp_path / "o"))
+    replicas = ReplicaOptions(engine={**ENGINE, "pipeline_parallel_size": 2})
+    with pytest.raises(JobError, match="Pipeline parallelism is not supported"):
+        run_embed_job(options, replicas)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_processor_adds_embeddings_to_any_dataset(model: Path) -> None:
+    texts = [sentence(i) for i in range(60)]
+    config = EmbedProcessorConfig(model=model, batch_size=16, replicas=REPLICAS)
+    rows = ray.data.from_items([{"n": i, "text": text} for i, text in enumerate(texts)])
+    embedded = sorted(build_embed_processor(config)(rows).take_all(), key=lambda row: row["n"])
+    assert [row["text"] for row in embedded] == texts
+    vectors = pa.chunked_array([pa.array([row["embedding"].tolist() for row in embedded])])
+    assert agreement(vectors, reference(model, texts)) >= 0.9999
+
+
+def replicas_of(driver: psutil.Process) -> list[psutil.Process]:
+    return [p for p in driver.children(recursive=True) if "MapWorker" in " ".join(p.cmdline()[:1])]
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("killed", ["replica", "driver", "interrupt"])
+def test_a_kill_loses_nothing_and_writes_nothing_twice(
+    killed: str, model: Path, tmp_path: Path
+) -> None:
+    """By the command line, on a Ray of its own: kill -9 of a replica or the driver, or a Ctrl-C."""
+    jsonl(tmp_path / "in.jsonl", 600)
+    output = tmp_path / "out"
+    command = [
+        *(sys.executable, "-m", "gem_vllm.cli", "embed", "--model", str(model)),
+        *("--input", str(tmp_path / "in.jsonl"), "--output", str(output), "--id-column", "id"),
+        *("--rows-per-shard", "50", "--engine", json.dumps(ENGINE)),
+    ]
+    env = {**os.environ, "RAY_TMPDIR": "/tmp/ray"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as process:
+        driver = psutil.Process(process.pid)
+        wait_for(lambda: len(list((output / DONE).glob("[0-9]*.json"))) >= 2)
+        everything = driver.children(recursive=True)
+        if killed == "replica":
+            for replica in replicas_of(driver):
+                replica.kill()
+        else:
+            driver.send_signal(signal.SIGKILL if killed == "driver" else signal.SIGINT)
+        printed, _ = process.communicate(timeout=180)
+    assert process.returncode == {"replica": 0, "driver": -9, "interrupt": 130}[killed]
+    # Whoever had a model in memory is gone.
+    wait_for(lambda: not any("MapWorker" in p.name() for p in everything if p.is_running()))
+    if killed != "replica":
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, text=True, env=env, check=True, timeout=180
+        )
+        printed = done.stdout
+        assert 0 < json.loads(printed)["this_run"]["rows"] <= 500
+    assert json.loads(printed)["rows_embedded"] == 600
+    table = table_of(str(output))
+    assert table["id"].to_pylist() == list(range(600))
+    expected = reference(model, [sentence(i) for i in range(600)])
+    assert agreement(table["embedding"], expected) >= 0.9999
+    assert not list(output.rglob(".*"))
