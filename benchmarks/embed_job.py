@@ -1,0 +1,174 @@
+"""`gem-vllm embed` with one replica against a bare `LLM.embed` loop, and the driver's memory.
+
+    python benchmarks/embed_job.py --checkpoint DIR --data texts.txt.gz      # about 10 minutes
+
+Both embed the same texts with the same engine options, in turns. Rates leave the start of the
+engine out: the loop's is taken after a first batch, the job's after its first shard. Writes
+``embed_job.json`` and ``embed_job.md`` to ``--out``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import psutil
+from engine_facts import commit, cpu_name, shown_command
+
+from gem_vllm.errors import GemError
+from gem_vllm.machine import serve_dtype, serve_environment
+from gem_vllm.serving.job import run_embed_job
+from gem_vllm.serving.options import EmbedOptions, ReplicaOptions
+
+ROOT = Path(__file__).resolve().parents[1]
+TARGET = 0.9
+BATCH = 1024
+ENGINE: dict[str, Any] = {
+    "max_model_len": 512,
+    "max_num_batched_tokens": 2048,
+    "kv_cache_memory_bytes": 1 << 30,
+    "enable_prefix_caching": False,
+    "dtype": serve_dtype(),
+}
+
+
+def main() -> None:
+    """Measure, print the ratio, write both files; as a child, run the bare loop."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--checkpoint", type=Path, required=True, help="a GEM checkpoint")
+    parser.add_argument("--data", type=Path, required=True, help="texts, one a line, .txt or .gz")
+    parser.add_argument("--rows", type=int, default=6000, help="texts of a turn")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--bare-loop", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.rows < 4 * BATCH or args.rounds < 1:
+        raise GemError(f"--rows must be {4 * BATCH} or more and --rounds 1 or more")
+    texts = read(args.data, args.rows)
+    if args.bare_loop:
+        print(json.dumps(bare_loop(args.checkpoint, texts)))
+        return
+    result = measure(args, texts)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "embed_job.json").write_text(json.dumps(result, indent=1) + "\n")
+    (args.out / "embed_job.md").write_text(markdown(result))
+    print(markdown(result))
+
+
+def read(data: Path, rows: int) -> list[str]:
+    """The first ``rows`` lines."""
+    opener = gzip.open if data.suffix == ".gz" else open
+    with opener(data, "rt", encoding="utf-8") as file:
+        texts = [line.rstrip("\n") for line in islice(file, rows)]
+    if len(texts) < rows:
+        raise GemError(f"{data} has {len(texts)} lines; --rows {rows} needs as many")
+    return texts
+
+
+def bare_loop(checkpoint: Path, texts: list[str]) -> float:
+    """Texts a second of `LLM.embed` over batches, the first left out."""
+    from vllm import LLM
+
+    llm = LLM(str(checkpoint), **ENGINE)
+    llm.embed(texts[:BATCH], use_tqdm=False)
+    start = time.perf_counter()
+    for first in range(BATCH, len(texts), BATCH):
+        llm.embed(texts[first : first + BATCH], use_tqdm=False)
+    return (len(texts) - BATCH) / (time.perf_counter() - start)
+
+
+def job(checkpoint: Path, texts: list[str], folder: Path) -> tuple[float, list[float]]:
+    """Texts a second of the job, the first shard left out; the driver's MiB after each shard."""
+    source = folder / "texts.txt"
+    source.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
+    reports: list[dict[str, Any]] = []
+    memory: list[float] = []
+
+    def report(state: dict[str, Any]) -> None:
+        reports.append(state)
+        memory.append(psutil.Process().memory_info().rss / 2**20)
+
+    options = EmbedOptions(
+        model=checkpoint.absolute(),
+        input=str(source),
+        output=str(folder / "out"),
+        rows_per_shard=BATCH // 2,
+    )
+    run_embed_job(options, ReplicaOptions(engine=ENGINE), report)
+    first, last = reports[0], reports[-1]
+    seconds = last["seconds"] - first["seconds"]
+    return (last["rows_done"] - first["rows_done"]) / seconds, memory
+
+
+def measure(args: argparse.Namespace, texts: list[str]) -> dict[str, Any]:
+    """Rates of both, in turns."""
+    rates: dict[str, list[float]] = {"LLM.embed": [], "gem-vllm embed": []}
+    memory: list[float] = []
+    command = [sys.executable, __file__, *sys.argv[1:], "--bare-loop"]
+    for round_ in range(args.rounds):
+        done = subprocess.run(
+            command, env=serve_environment(), stdout=subprocess.PIPE, text=True, check=True
+        )
+        rates["LLM.embed"].append(float(done.stdout.strip().splitlines()[-1]))
+        with tempfile.TemporaryDirectory() as folder:
+            rate, memory = job(args.checkpoint, texts, Path(folder))
+        rates["gem-vllm embed"].append(rate)
+        print(f"round {round_ + 1}: " + ", ".join(f"{k} {v[-1]:.1f}/s" for k, v in rates.items()))
+    return {
+        "rates": rates,
+        "driver_mib": {"first shard": memory[0], "last shard": memory[-1]},
+        "about": {
+            "hardware": f"{cpu_name()}, cores {sorted(os.sched_getaffinity(0))}",
+            "command": shown_command(sys.argv),
+            "commit": commit(),
+            "engine": json.dumps(ENGINE),
+            "texts": f"{args.rows} of {args.data.name}, {args.rounds} rounds",
+        },
+    }
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The result as a page."""
+    rates, memory = result["rates"], result["driver_mib"]
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    ratios = sorted(a / b for a, b in zip(rates["gem-vllm embed"], rates["LLM.embed"], strict=True))
+    lines = [
+        "# The batch job against a bare loop",
+        "",
+        "| | texts/s, median | rounds |",
+        "|---|---|---|",
+        *(
+            f"| {name} | {medians[name]:.1f} | {', '.join(f'{v:.1f}' for v in values)} |"
+            for name, values in rates.items()
+        ),
+        "",
+        f"Ratio, the median of the rounds': **{statistics.median(ratios):.2f}** "
+        f"({ratios[0]:.2f} to {ratios[-1]:.2f}; target {TARGET}).",
+        "",
+        f"Driver, resident: {memory['first shard']:.0f} MiB after the first shard, "
+        f"{memory['last shard']:.0f} MiB after the last.",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {key} | {value} |" for key, value in result["about"].items()),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except GemError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
