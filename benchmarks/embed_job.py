@@ -33,6 +33,8 @@ from gem_vllm.serving.options import EmbedOptions, ReplicaOptions
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = 0.9
 BATCH = 1024
+# Before the rate on the bare loop's standard output, where vLLM writes too.
+RATE = "texts/s: "
 ENGINE: dict[str, Any] = {
     "max_model_len": 512,
     "max_num_batched_tokens": 2048,
@@ -56,7 +58,7 @@ def main() -> None:
         raise GemError(f"--rows must be {4 * BATCH} or more and --rounds 1 or more")
     texts = read(args.data, args.rows)
     if args.bare_loop:
-        print(json.dumps(bare_loop(args.checkpoint, texts)))
+        print(f"{RATE}{bare_loop(args.checkpoint, texts)}", flush=True)
         return
     result = measure(args, texts)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -119,10 +121,11 @@ def measure(args: argparse.Namespace, texts: list[str]) -> dict[str, Any]:
         done = subprocess.run(
             command, env=serve_environment(), stdout=subprocess.PIPE, text=True, check=True
         )
-        rates["LLM.embed"].append(float(done.stdout.strip().splitlines()[-1]))
+        (rate,) = [line for line in done.stdout.splitlines() if line.startswith(RATE)]
+        rates["LLM.embed"].append(float(rate.removeprefix(RATE)))
         with tempfile.TemporaryDirectory() as folder:
-            rate, memory = job(args.checkpoint, texts, Path(folder))
-        rates["gem-vllm embed"].append(rate)
+            of_job, memory = job(args.checkpoint, texts, Path(folder))
+        rates["gem-vllm embed"].append(of_job)
         print(f"round {round_ + 1}: " + ", ".join(f"{k} {v[-1]:.1f}/s" for k, v in rates.items()))
     return {
         "rates": rates,

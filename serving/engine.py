@@ -7,7 +7,6 @@ what is in flight fills a few steps of the engine, whatever the lengths of the t
 
 from __future__ import annotations
 
-import contextlib
 import queue
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -68,9 +67,9 @@ class EngineThread:
     ) -> None:
         self._arguments = (model, dict(options))
         self._dimensions, self._max_tokens = dimensions, max_tokens
-        self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
+        self._requests: queue.SimpleQueue[_Request] = queue.SimpleQueue()
         self._waiting: dict[str, _Request] = {}
-        self._room = threading.Condition()
+        self._room, self._tokenizing = threading.Condition(), threading.Lock()
         self._tokens = 0
         self._failure: BaseException | None = None
         self._ready = threading.Event()
@@ -89,8 +88,7 @@ class EngineThread:
         from vllm import PoolingParams
 
         params = PoolingParams(task="embed", dimensions=self._dimensions)
-        prompts = self._tokenizer(list(texts))["input_ids"] if texts else []
-        return [self._submit(prompt, params) for prompt in prompts]
+        return [self._submit(prompt, params) for prompt in self._token_ids(texts)]
 
     def generate(self, prompts: Sequence[str]) -> list[Future[Answer]]:
         """As `embed`: the answer to each prompt, by the chat template where there is one."""
@@ -98,9 +96,9 @@ class EngineThread:
 
         params = SamplingParams(temperature=0.0, max_tokens=self._max_tokens)
         if self._tokenizer.chat_template is None:
-            ids = self._tokenizer(list(prompts))["input_ids"] if prompts else []
-        else:
-            ids = [
+            return [self._submit(prompt, params) for prompt in self._token_ids(prompts)]
+        with self._tokenizing:
+            chats = [
                 self._tokenizer.apply_chat_template(
                     [{"role": "user", "content": prompt}],
                     add_generation_prompt=True,
@@ -108,12 +106,12 @@ class EngineThread:
                 )["input_ids"]
                 for prompt in prompts
             ]
-        return [self._submit(prompt, params) for prompt in ids]
+        return [self._submit(prompt, params) for prompt in chats]
 
-    def close(self) -> None:
-        """End the thread; requests in flight are dropped."""
-        self._requests.put(None)
-        self._thread.join()
+    def _token_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        # A fast tokenizer is one thread's at a time; it uses several itself.
+        with self._tokenizing:
+            return self._tokenizer(list(texts))["input_ids"] if texts else []
 
     def _submit(self, prompt: list[int], params: Any) -> Future[Answer]:
         request = _Request(prompt, params, Future())
@@ -131,8 +129,7 @@ class EngineThread:
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
-            reason = str(self._failure).strip() or type(self._failure).__name__
-            raise JobError(f"the engine failed: {reason}") from self._failure
+            raise JobError(f"the engine failed: {_reason(self._failure)}") from self._failure
 
     def _run(self) -> None:
         try:
@@ -148,10 +145,9 @@ class EngineThread:
             with self._room:
                 self._failure = error
                 self._room.notify_all()
-            self._fail_waiting()
+            self._fail_waiting(error)
         finally:
-            with contextlib.suppress(Exception):
-                self._engine.engine_core.shutdown()
+            self._engine.engine_core.shutdown()
 
     def _start(self) -> None:
         from vllm import LLM
@@ -166,10 +162,7 @@ class EngineThread:
         added = 0
         while True:
             while not self._requests.empty() or not self._engine.has_unfinished_requests():
-                request = self._requests.get()
-                if request is None:
-                    return
-                self._add(f"{added}", request)
+                self._add(f"{added}", self._requests.get())
                 added += 1
             finished = [
                 (self._waiting.pop(output.request_id), output)
@@ -202,13 +195,20 @@ class EngineThread:
                 self._tokens -= weight
                 self._room.notify_all()
 
-    def _fail_waiting(self) -> None:
+    def _fail_waiting(self, error: BaseException) -> None:
         waiting = [*self._waiting.values()]
         while not self._requests.empty():
-            if (request := self._requests.get()) is not None:
-                waiting.append(request)
+            waiting.append(self._requests.get())
         for request in waiting:
-            request.future.set_exception(JobError(f"the engine failed: {self._failure}"))
+            request.future.set_exception(JobError(f"the engine failed: {_reason(error)}"))
+
+
+def _reason(error: BaseException) -> str:
+    """In one line; of what pydantic says of vLLM's options, the line that says it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = [line for line in lines if line.startswith("Value error, ")]
+    line = (told or lines or [type(error).__name__])[0]
+    return line.removeprefix("Value error, ").split(" [type=value_error")[0]
 
 
 def _answer(request: _Request, output: Any) -> Answer:

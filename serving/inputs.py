@@ -112,15 +112,20 @@ def list_files(spec: str) -> list[InputFile]:
 def column_types(files: Sequence[InputFile], names: Sequence[str]) -> dict[str, pa.DataType]:
     """The Arrow type of each column, from the first file; of JSON lines, from its first rows.
 
+    Args:
+        files: of one format.
+        names: of the columns, that of the text first.
+
     Raises:
-        GemError: a column is missing, or the first file cannot be read.
+        GemError: a column is missing, the text's is of another type, or the first file cannot be
+            read.
     """
     first = files[0]
     try:
         if first.format == "parquet":
             with fsspec.open(first.url, "rb") as stream:
                 schema = pq.read_schema(stream)
-            have = {name: schema.field(name).type for name in schema.names}
+            have = {name: _plain(schema.field(name).type) for name in schema.names}
         elif first.format == "jsonl":
             have = _sampled_types(first)
         elif first.format == "csv":
@@ -135,6 +140,8 @@ def column_types(files: Sequence[InputFile], names: Sequence[str]) -> dict[str, 
             raise GemError(
                 f"{first.url} has no column '{name}'; its columns are: {', '.join(have) or 'none'}"
             )
+    if first.format == "parquet" and not _is_text(have[names[0]]):
+        raise GemError(f"{first.url}: column '{names[0]}' is {have[names[0]]}, not text")
     return {name: have[name] for name in names}
 
 
@@ -187,7 +194,7 @@ def _read_parquet(
                     low, high = max(start - at, 0), min(stop - at, len(batch))
                     if low < high:
                         part = batch.slice(low, high - low)
-                        columns = {name: part.column(name).cast(t) for name, t in types.items()}
+                        columns = {n: part.column(n).cast(t) for n, t in types.items()}
                         yield Chunk(at + low, columns)
                     at += len(batch)
             first += rows
@@ -275,6 +282,15 @@ def _sampled_types(file: InputFile) -> dict[str, pa.DataType]:
         except (pa.ArrowException, UnicodeEncodeError):
             types[name] = pa.string()
     return types
+
+
+def _plain(type_: pa.DataType) -> pa.DataType:
+    return type_.value_type if pa.types.is_dictionary(type_) else type_
+
+
+def _is_text(type_: pa.DataType) -> bool:
+    kinds = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    return any(kind(type_) for kind in (*kinds, pa.types.is_binary, pa.types.is_large_binary))
 
 
 def _byte_stream(url: str) -> IO[bytes]:

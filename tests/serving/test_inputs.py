@@ -117,6 +117,16 @@ def test_parquet_text_that_is_no_utf8(tmp_path: Path) -> None:
     assert texts(read_all(path, ["text"])) == [b"good", b"\xff", None]
 
 
+def test_parquet_text_in_other_guises(tmp_path: Path) -> None:
+    path = tmp_path / "in.parquet"
+    words = pa.array(["a", "b", "a"])
+    pq.write_table(pa.table({"text": words.dictionary_encode(), "n": [1, 2, 3]}), path)
+    chunks = read_all(path, ["text", "n"])
+    assert (texts(chunks), texts(chunks, "n")) == ([b"a", b"b", b"a"], [1, 2, 3])
+    with pytest.raises(GemError, match="column 'n' is int64, not text"):
+        read_all(path, ["n", "text"])
+
+
 def test_folders_globs_and_what_they_leave_out(tmp_path: Path) -> None:
     for name in ("b.txt", "sub/a.txt", "_gem/c.txt", ".hidden.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
