@@ -218,7 +218,9 @@ def _answer(request: _Request, output: Any) -> Answer:
     return Answer(None, completion.text, len(request.prompt) + len(completion.token_ids))
 
 
-def in_order(futures: Sequence[Future[Answer]], bad: Callable[[int, str], None]) -> list[Any]:
+def in_order(
+    futures: Sequence[Future[Answer]], bad: Callable[[int, str], None]
+) -> list[Answer | None]:
     """The answers to `futures`; None, and a call of ``bad`` with index and reason, for bad rows."""
     answers: list[Answer | None] = []
     for i, future in enumerate(futures):

@@ -104,4 +104,5 @@ class RowEmbedder:
             raise BadRow(f"{texts[i]!r:.80}: {reason}")
 
         answers = in_order(self._engine.embed(texts), bad)
-        return {**batch, config.output_column: np.stack([answer.vector for answer in answers])}
+        vectors = [answer.vector for answer in answers if answer is not None]
+        return {**batch, config.output_column: np.stack(vectors)}

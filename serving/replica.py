@@ -177,53 +177,36 @@ class Replica:
         embeddings = self._engine.embed(texts)
         answers = []
         if self._options.generate is not None:
-            columns = {
-                name: chunk.columns[name].to_pylist() for name in self._options.prompt_columns()
-            }
-            prompts = [
-                self._options.generate.format(
-                    **{
-                        name: texts[n] if name == self._options.text_column else values[i]
-                        for name, values in columns.items()
-                    }
-                )
-                for n, i in enumerate(good)
-            ]
-            answers = self._engine.generate(prompts)
+            answers = self._engine.generate(
+                self._prompts(self._options.generate, chunk, good, texts)
+            )
         return _Work(chunk, good, embeddings, answers)
 
+    def _prompts(self, template: str, chunk: Chunk, good: list[int], texts: list[str]) -> list[str]:
+        names = self._options.prompt_columns()
+        columns = {name: chunk.columns[name].to_pylist() for name in names}
+        if self._options.text_column in columns:
+            of_row = dict(zip(good, texts, strict=True))
+            columns[self._options.text_column] = [of_row.get(i) for i in range(len(chunk))]
+        return [template.format(**{name: columns[name][i] for name in names}) for i in good]
+
     def _table(self, work: _Work, file: InputFile, counts: _Counts) -> pa.Table:
+        """The rows of a chunk as they are written, once the engine has answered."""
         chunk, options = work.chunk, self._options
 
         def bad(n: int, reason: str) -> None:
             chunk.problems.setdefault(work.good[n], reason)
 
-        vectors: list[np.ndarray | None] = [None] * len(chunk)
-        texts: list[str | None] = [None] * len(chunk)
-        answered: list[Answer | None]
-        for kind in (work.embeddings, work.answers):
-            answered = in_order(kind, bad)
-            for i, answer in zip(work.good, answered, strict=False):
-                if answer is not None:
-                    counts.tokens += answer.tokens
-                    if answer.vector is not None:
-                        vectors[i] = answer.vector
-                    else:
-                        texts[i] = answer.text
+        embedded = _spread(in_order(work.embeddings, bad), work.good, len(chunk))
+        answered = _spread(in_order(work.answers, bad), work.good, len(chunk))
+        good = [i not in chunk.problems for i in range(len(chunk))]
+        vectors = [a.vector if a and good[i] else None for i, a in enumerate(embedded)]
+        texts = [a.text if a and good[i] else None for i, a in enumerate(answered)]
         ids = self._ids(chunk, file)
-        for i in sorted(chunk.problems):
-            vectors[i] = texts[i] = None
-            row, id_ = chunk.start + i, ids[i].as_py()
-            if options.on_error == "fail":
-                raise JobError(
-                    f"{file.url} row {row}: {chunk.problems[i]}. Mend the row, or choose "
-                    "--on-error skip or null"
-                )
-            shown = None if id_ is None else str(id_)
-            counts.errors.append((file.url, row, shown, chunk.problems[i]))
+        self._report(chunk, ids, file, counts)
         counts.rows += len(chunk)
-        counts.reported += len(chunk.problems)
-        counts.embedded += len(chunk) - len(chunk.problems)
+        counts.embedded += sum(good)
+        counts.tokens += sum(answer.tokens for answer in (*embedded, *answered) if answer)
         columns = {
             ID: ids,
             **{name: chunk.columns[name] for name in options.keep},
@@ -233,14 +216,21 @@ class Replica:
             columns[options.text_column] = _strings(chunk, options.text_column)
         if options.generate is not None:
             columns[GENERATED] = pa.array(texts, pa.string())
-        table = pa.Table.from_arrays(
-            [columns[name] for name in self._schema.names], schema=self._schema
-        )
-        if options.on_error == "skip" and chunk.problems:
-            keep = np.ones(len(chunk), dtype=bool)
-            keep[list(chunk.problems)] = False
-            table = table.filter(pa.array(keep))
-        return table
+        arrays = [columns[name] for name in self._schema.names]
+        table = pa.Table.from_arrays(arrays, schema=self._schema)
+        return table.filter(pa.array(good)) if options.on_error == "skip" else table
+
+    def _report(self, chunk: Chunk, ids: pa.Array, file: InputFile, counts: _Counts) -> None:
+        """Note the chunk's bad rows, or end the job with the first."""
+        for i, problem in sorted(chunk.problems.items()):
+            row, id_ = chunk.start + i, ids[i].as_py()
+            if self._options.on_error == "fail":
+                raise JobError(
+                    f"{file.url} row {row}: {problem}. Mend the row, or choose --on-error skip "
+                    "or null"
+                )
+            counts.errors.append((file.url, row, None if id_ is None else str(id_), problem))
+        counts.reported += len(chunk.problems)
 
     def _ids(self, chunk: Chunk, file: InputFile) -> pa.Array:
         if self._options.id_column is None:
@@ -263,6 +253,14 @@ class Replica:
             fields.append(pa.field(GENERATED, pa.string()))
         metadata = {"gem.checkpoint_sha256": bound["checkpoint"], "gem.dtype": o.dtype}
         return pa.schema(fields, metadata)
+
+
+def _spread(answers: list[Answer | None], rows: list[int], count: int) -> list[Answer | None]:
+    """``answers`` at their rows out of ``count``; None elsewhere, and for no answers at all."""
+    spread: list[Answer | None] = [None] * count
+    for i, answer in zip(rows, answers or [None] * len(rows), strict=True):
+        spread[i] = answer
+    return spread
 
 
 def _problem_of(value: bytes | None) -> str | None:
