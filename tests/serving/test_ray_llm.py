@@ -1,4 +1,4 @@
-"""Ray's own batch processor on a GEM checkpoint: refused at once where it wants a pooling engine."""
+"""Ray's own batch processor on a GEM checkpoint wants a pooling engine: refused at once."""
 
 from __future__ import annotations
 
