@@ -1,8 +1,10 @@
-"""Tiny matrices: a second thread costs more than it brings."""
+"""Tiny matrices, where a second thread costs more than it brings; a checkpoint to spoil."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,3 +16,8 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def checkpoint_copy(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_checkpoint(), tmp_path / "gem"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
 
@@ -12,11 +11,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gem_vllm import folders
 from gem_vllm.checkpoint import add_special_tokens, load_base, load_checkpoint, save_checkpoint
 from gem_vllm.config import GemConfig
-from gem_vllm.errors import GemConfigError, GemError
-from gem_vllm.folders import check_writable, written_whole
+from gem_vllm.errors import GemConfigError
 from tests.tiny import FAMILIES, make_tiny_base, make_tiny_checkpoint
 
 K = 3
@@ -32,11 +29,6 @@ def edit_json(file, **changes):
 @pytest.fixture
 def base_copy(tiny_base, tmp_path):
     return shutil.copytree(tiny_base(), tmp_path / "base")
-
-
-@pytest.fixture
-def checkpoint_copy(tiny_checkpoint, tmp_path):
-    return shutil.copytree(tiny_checkpoint(), tmp_path / "gem")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -279,59 +271,3 @@ def test_save_needs_a_plain_lora(tiny_base, tmp_path):
     with pytest.raises(GemConfigError, match="use_dora"):
         save_checkpoint(tmp_path / "gem", get_peft_model(model, lora), tokenizer, config)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_failed_write_leaves_the_last_checkpoint_whole(checkpoint_copy, monkeypatch):
-    model, tokenizer, config = load_checkpoint(checkpoint_copy, dtype=torch.float32)
-    before = {p: p.read_bytes() for p in checkpoint_copy.rglob("*") if p.is_file()}
-
-    def full_disk(*args, **kwargs):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("gem_vllm.adapter.save_file", full_disk)
-        with pytest.raises(OSError, match="No space left"):
-            save_checkpoint(checkpoint_copy, model, tokenizer, config)
-    assert {p: p.read_bytes() for p in checkpoint_copy.rglob("*") if p.is_file()} == before
-    assert [path.name for path in checkpoint_copy.parent.iterdir()] == ["gem"]
-    save_checkpoint(checkpoint_copy, model, tokenizer, config)
-    assert {p: p.read_bytes() for p in checkpoint_copy.rglob("*") if p.is_file()} == before
-
-
-def test_interrupt_between_the_renames(tmp_path, monkeypatch):
-    folder = tmp_path / "out"
-    with written_whole(folder) as new:
-        (new / "gem_config.json").write_text("{}")
-
-    rename = type(folder).rename
-
-    def rename_once(self, target):
-        if self.name == "new":
-            raise KeyboardInterrupt
-        return rename(self, target)
-
-    monkeypatch.setattr(type(folder), "rename", rename_once)
-    with pytest.raises(KeyboardInterrupt), written_whole(folder) as new:
-        (new / "gem_config.json").write_text("[]")
-    assert (folder / "gem_config.json").read_text() == "{}"
-    assert list(tmp_path.iterdir()) == [folder]
-
-
-def test_nothing_else_is_overwritten(checkpoint_copy, tmp_path, monkeypatch):
-    (tmp_path / "notes").mkdir()
-    (tmp_path / "notes" / "mine.txt").write_text("keep")
-    with pytest.raises(GemError, match=r"holds something else \(mine.txt\)"):
-        check_writable(tmp_path / "notes")
-    with pytest.raises(GemError, match="is a file"):
-        check_writable(tmp_path / "notes" / "mine.txt")
-    check_writable(checkpoint_copy)
-    (checkpoint_copy / "runs").mkdir()
-    with pytest.raises(GemError, match=r"holds something else \(runs\)"):
-        check_writable(checkpoint_copy)
-    with pytest.raises(GemError, match="MiB are needed"):
-        check_writable(tmp_path / "new" / "folder", weight_bytes=1 << 60)
-    assert not (tmp_path / "new").exists()
-    usage = shutil._ntuple_diskusage(1, 1, 0)
-    monkeypatch.setattr(folders.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(GemError, match="has 0 MiB free"):
-        check_writable(tmp_path / "new")
