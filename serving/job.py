@@ -127,6 +127,10 @@ def _write(
             if counts["failure"]:
                 raise JobError(counts["failure"])
             yield counts
+    except ray.exceptions.ActorDiedError as error:
+        raise JobError(
+            f"a replica died again and again, for lack of memory perhaps: {_last_line(error)}"
+        ) from error
     except ray.exceptions.RayError as error:
         raise JobError(_last_line(error)) from error
 

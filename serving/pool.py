@@ -16,8 +16,9 @@ from gem_vllm.serving.options import ReplicaOptions
 
 # While one call of an actor waits for its last rows, the next one's are with the engine.
 CALLS_IN_FLIGHT = 2
-# An actor that is killed is made anew; one that is killed again and again is not.
-RESTARTS = 10
+# An actor that is killed is made anew. One that is killed again and again, as by a lack of memory,
+# is not: the job then ends within a minute, and is gone on with when there is more.
+RESTARTS = 3
 
 
 @contextmanager

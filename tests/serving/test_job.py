@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -185,6 +185,14 @@ def test_a_processor_adds_embeddings_to_any_dataset(model: Path) -> None:
     assert agreement(vectors, reference(model, texts)) >= 0.9999
 
 
+def embed_command(model: Path, folder: Path) -> list[str]:
+    return [
+        *(sys.executable, "-m", "gem_vllm.cli", "embed", "--model", str(model)),
+        *("--input", str(folder / "in.jsonl"), "--output", str(folder / "out")),
+        *("--id-column", "id", "--rows-per-shard", "50", "--engine", json.dumps(ENGINE)),
+    ]
+
+
 def replicas_of(driver: psutil.Process) -> list[psutil.Process]:
     return [p for p in driver.children(recursive=True) if "MapWorker" in " ".join(p.cmdline()[:1])]
 
@@ -196,6 +204,24 @@ def wait_for(condition: Callable[[], bool], seconds: float = 120.0) -> None:
         time.sleep(0.1)
 
 
+def test_a_replica_that_dies_again_and_again_ends_the_job(model: Path, tmp_path: Path) -> None:
+    jsonl(tmp_path / "in.jsonl", 20)
+    command = embed_command(model, tmp_path)
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        driver = psutil.Process(process.pid)
+        wait_for(lambda: bool(replicas_of(driver)))
+        while process.poll() is None:
+            for replica in replicas_of(driver):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    replica.kill()
+            time.sleep(0.2)
+        printed, told = process.communicate(timeout=60)
+    assert (process.returncode, printed) == (1, "")
+    assert told.splitlines()[-1].startswith("error: a replica died")
+
+
 @pytest.mark.parametrize("killed", ["replica", "driver", "interrupt"])
 def test_a_kill_loses_nothing_and_writes_nothing_twice(
     killed: str, model: Path, tmp_path: Path
@@ -203,14 +229,10 @@ def test_a_kill_loses_nothing_and_writes_nothing_twice(
     """By the command line: kill -9 of one replica of two, or of the driver, or a Ctrl-C."""
     jsonl(tmp_path / "in.jsonl", 600)
     output = tmp_path / "out"
-    command = [
-        *(sys.executable, "-m", "gem_vllm.cli", "embed", "--model", str(model)),
-        *("--input", str(tmp_path / "in.jsonl"), "--output", str(output), "--id-column", "id"),
-        *("--rows-per-shard", "50", "--engine", json.dumps(ENGINE)),
-        *(("--min-replicas", "2") if killed == "replica" else ()),
-    ]
-    env = {**os.environ, "RAY_TMPDIR": "/tmp/ray"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as process:
+    command = embed_command(model, tmp_path)
+    if killed == "replica":
+        command += ["--min-replicas", "2"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         driver = psutil.Process(process.pid)
         wait_for(lambda: len(list((output / DONE).glob("[0-9]*.json"))) >= 2)
         everything = driver.children(recursive=True)
@@ -223,9 +245,7 @@ def test_a_kill_loses_nothing_and_writes_nothing_twice(
     # Whoever had a model in memory is gone.
     wait_for(lambda: not any("MapWorker" in p.name() for p in everything if p.is_running()))
     if killed != "replica":
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, text=True, env=env, check=True, timeout=180
-        )
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=180)
         printed = done.stdout
         assert 0 < json.loads(printed)["this_run"]["rows"] <= 500
     assert json.loads(printed)["rows_embedded"] == 600
