@@ -190,16 +190,27 @@ class OutputFolder:
         )
 
     def finished(self) -> dict[int, dict[str, Any]]:
-        """Index to counts of every finished shard."""
+        """Index to counts of every finished shard whose file is there."""
         self.fs.invalidate_cache()
-        try:
-            names = [p.rsplit("/", 1)[-1] for p in self.fs.ls(f"{self.path}/{DONE}", detail=False)]
-        except FileNotFoundError:
-            return {}
-        indices = [
-            int(n.removesuffix(".json")) for n in names if n.endswith(".json") and n[0] != "."
+        parts = set(self._names(""))
+        markers = [
+            f"{self.path}/{DONE}/{name}"
+            for name in self._names(DONE)
+            if not name.startswith(".") and f"part-{name.removesuffix('.json')}.parquet" in parts
         ]
-        return {i: self.read_json(f"{DONE}/{i:05d}.json") for i in sorted(indices)}
+        # Many small files: a remote file system reads them side by side.
+        contents = self.fs.cat(markers) if markers else {}
+        return {
+            int(path.rsplit("/", 1)[-1].removesuffix(".json")): json.loads(text)
+            for path, text in sorted(contents.items())
+        }
+
+    def _names(self, folder: str) -> list[str]:
+        try:
+            paths = self.fs.ls(f"{self.path}/{folder}".rstrip("/"), detail=False)
+        except FileNotFoundError:
+            return []
+        return [path.rstrip("/").rsplit("/", 1)[-1] for path in paths]
 
     def remove_scraps(self) -> None:
         """Remove what writers that were killed have left behind."""
@@ -211,13 +222,10 @@ class OutputFolder:
                 path.unlink(missing_ok=True)
 
     def _refuse_foreign(self) -> None:
-        try:
-            entries = self.fs.ls(self.path, detail=False)
-        except FileNotFoundError:
-            return
-        if foreign := [entry for entry in entries if not entry.endswith(f"/{STATE}")]:
-            name = foreign[0].rstrip("/").rsplit("/", 1)[-1]
-            raise GemError(f"--output {self.url} holds something else ({name}); choose another")
+        if foreign := [name for name in self._names("") if name != STATE]:
+            raise GemError(
+                f"--output {self.url} holds something else ({foreign[0]}); choose another"
+            )
 
 
 def _differences(had: Any, has: Any, name: str = "") -> Iterator[str]:

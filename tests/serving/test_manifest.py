@@ -72,6 +72,7 @@ def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("url", ["{tmp}/out", "memory://out-{name}"])
 def test_files_are_written_whole_or_not_at_all(url: str, tmp_path: Path) -> None:
     folder = OutputFolder(url.format(tmp=tmp_path, name=tmp_path.name))
+    folder.write_json("part-00003.parquet", "rows")
     folder.write_json(f"{DONE}/00003.json", {"rows": 1})
     with contextlib.suppress(InterruptedError), folder.writing(f"{DONE}/00004.json") as path:
         Path(path).write_text("{")
@@ -79,6 +80,8 @@ def test_files_are_written_whole_or_not_at_all(url: str, tmp_path: Path) -> None
     assert folder.finished() == {3: {"rows": 1}}
     left = folder.fs.ls(f"{folder.path}/{DONE}", detail=False)
     assert [name.rsplit("/", 1)[-1] for name in left] == ["00003.json"]
+    folder.fs.rm(f"{folder.path}/part-00003.parquet")
+    assert folder.finished() == {}
 
 
 def test_scraps_of_killed_writers_are_removed(tmp_path: Path) -> None:
