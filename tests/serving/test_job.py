@@ -193,8 +193,18 @@ def embed_command(model: Path, folder: Path) -> list[str]:
     ]
 
 
+def is_replica(process: psutil.Process) -> bool:
+    try:
+        return "MapWorker" in " ".join(process.cmdline()[:1])
+    except psutil.NoSuchProcess:  # gone, or a zombie
+        return False
+
+
 def replicas_of(driver: psutil.Process) -> list[psutil.Process]:
-    return [p for p in driver.children(recursive=True) if "MapWorker" in " ".join(p.cmdline()[:1])]
+    try:
+        return [process for process in driver.children(recursive=True) if is_replica(process)]
+    except psutil.NoSuchProcess:
+        return []
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 120.0) -> None:
@@ -243,7 +253,7 @@ def test_a_kill_loses_nothing_and_writes_nothing_twice(
         printed, _ = process.communicate(timeout=180)
     assert process.returncode == {"replica": 0, "driver": -9, "interrupt": 130}[killed]
     # Whoever had a model in memory is gone.
-    wait_for(lambda: not any("MapWorker" in p.name() for p in everything if p.is_running()))
+    wait_for(lambda: not any(is_replica(process) for process in everything))
     if killed != "replica":
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=180)
         printed = done.stdout
