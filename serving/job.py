@@ -99,6 +99,7 @@ def run_embed_job(
                     "replicas": len(seen),
                 }
             )
+    output.remove_scraps()
     summary = _summary(output, plan, options)
     summary["this_run"] = {**now, "seconds": round(time.monotonic() - start, 3)}
     output.write_json(SUMMARY, summary)
