@@ -17,8 +17,10 @@ from gem_vllm.serving.options import ReplicaOptions
 # While one call of an actor waits for its last rows, the next one's are with the engine.
 CALLS_IN_FLIGHT = 2
 # An actor that is killed is made anew. One that is killed again and again, as by a lack of memory,
-# is not: the job then ends within a minute, and is gone on with when there is more.
-RESTARTS = 3
+# is not: the job then ends within a minute, and is gone on with when there is more. Calls need no
+# bound of their own: they fail with the actor. (One would be used up in a second by a node that is
+# gone, in the time until Ray knows that it is.)
+RESTARTS, CALL_RETRIES = 3, -1
 
 
 @contextmanager
@@ -58,7 +60,7 @@ def map_in_pool(
     """
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    (cpus, gpus), environment, engine = _needs(replicas)
+    (cpus, gpus), environment, engine = engine_needs(replicas)
     most = min(replicas.max_replicas, most_actors or replicas.max_replicas)
     with warnings.catch_warnings():
         # Ray 2.60 has no other way yet to bound the restarts, which it leaves without bound.
@@ -77,11 +79,14 @@ def map_in_pool(
             runtime_env={"env_vars": environment},
             num_cpus=cpus,
             num_gpus=gpus,
-            ray_remote_args_fn=lambda: {"max_restarts": RESTARTS, "max_task_retries": RESTARTS},
+            ray_remote_args_fn=lambda: {
+                "max_restarts": RESTARTS,
+                "max_task_retries": CALL_RETRIES,
+            },
         )
 
 
-def _needs(
+def engine_needs(
     replicas: ReplicaOptions,
 ) -> tuple[tuple[float, float], dict[str, str], dict[str, Any]]:
     """CPUs and GPUs, the environment and the engine's options of an actor."""

@@ -1,0 +1,271 @@
+"""The door of an endpoint: keys, limits and queues; what passes goes to a replica as it is."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from gem_vllm.serving.endpoint import metrics
+from gem_vllm.serving.endpoint.keys import KeyFile
+from gem_vllm.serving.endpoint.messages import (
+    ForwardedRequest,
+    Headers,
+    ResponseStart,
+    count_inputs,
+    parse_body,
+    routing_text,
+)
+
+logger = logging.getLogger(__name__)
+
+RETRY_AFTER_S = 1
+HEALTH_SECONDS = 2.0
+# Answered without a key: they say how the endpoint is, and compute nothing.
+OPEN_PATHS = {"/health", "/ping", "/version", "/metrics"}
+# Of one connection (RFC 9110, 7.6.1), or meant for the ingress alone.
+_DROPPED_HEADERS = {
+    b"authorization",
+    b"connection",
+    b"content-length",
+    b"host",
+    b"keep-alive",
+    b"proxy-connection",
+    b"te",
+    b"trailer",
+    b"transfer-encoding",
+    b"upgrade",
+}
+
+LOST = "The replica was lost. Send the request again."
+
+api = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+api.add_middleware(metrics.CountRequests)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request may ask for; see `EndpointOptions`."""
+
+    request_timeout_s: float
+    max_inputs: int
+    max_body_bytes: int
+
+
+class Refused(Exception):
+    """A request that goes no further.
+
+    Args:
+        status: of the answer.
+        message: in its body, as vLLM's errors are.
+        headers: of the answer.
+    """
+
+    def __init__(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.headers = status, message, headers
+
+    def response(self) -> JSONResponse:
+        """The answer."""
+        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(
+            self.status, "invalid_request_error" if self.status < 500 else "server_error"
+        )
+        error = {"message": self.message, "type": kind, "param": None, "code": self.status}
+        return JSONResponse({"error": error}, self.status, self.headers)
+
+
+def _come_back(status: int, message: str, headers: dict[str, str] | None = None) -> Refused:
+    return Refused(status, message, {"Retry-After": str(RETRY_AFTER_S), **(headers or {})})
+
+
+class _Relay(StreamingResponse):
+    """A stream from a replica, which stops when this one does, for whatever reason."""
+
+    def __init__(self, body: AsyncIterator[bytes], parts: Any, status: int) -> None:
+        super().__init__(body, status)
+        self._parts = parts
+
+    async def __call__(self, *args: Any) -> None:
+        try:
+            await super().__call__(*args)
+        finally:
+            self._parts.cancel()
+
+
+def _kept(headers: Any) -> Headers:
+    return [(name, value) for name, value in headers if name.lower() not in _DROPPED_HEADERS]
+
+
+def _error_event(request: Request, refused: Refused) -> bytes:
+    request.scope[metrics.STATUS] = refused.status
+    return b"data: " + bytes(refused.response().body) + b"\n\ndata: [DONE]\n\n"
+
+
+# The last thing in this module: the decorator takes a copy of the module as it finds it.
+@serve.ingress(api)
+class Ingress:
+    """A Serve deployment in front of the replicas of one checkpoint.
+
+    Args:
+        replicas: the deployment of `server.GemServer`.
+        limits: of a request.
+        api_keys: file of keys; None lets everybody in.
+    """
+
+    def __init__(
+        self, replicas: DeploymentHandle[Any], limits: Limits, api_keys: Path | None
+    ) -> None:
+        self._replicas = replicas
+        self._stream = replicas.options(method_name="forward", stream=True)
+        self._limits = limits
+        self._keys = None if api_keys is None else KeyFile(api_keys)
+        self._draining = False
+
+    def drain(self) -> None:
+        """From now on, take no request; those that were taken are answered."""
+        self._draining = True
+
+    def open_requests(self) -> int:
+        """Requests that were taken and are not answered yet."""
+        return metrics.open_requests()
+
+    @api.get("/health")
+    async def health(self) -> Response:
+        """200 while requests are taken and the replicas' engines are alive."""
+        if self._draining:
+            return Refused(503, "The endpoint is shutting down.").response()
+        try:
+            results = await self._replicas.broadcast("check_health").results_async(
+                timeout_s=HEALTH_SECONDS
+            )
+        except (TimeoutError, RayActorError, DeploymentUnavailableError) as error:
+            return Refused(503, f"A replica does not answer: {error}").response()
+        if not results:
+            return Refused(503, "No replica is running.").response()
+        return JSONResponse({"replicas": len(results)})
+
+    @api.get("/metrics")
+    async def show_metrics(self) -> Response:
+        """What all nodes of the cluster export of this endpoint and its engines."""
+        return Response(await metrics.of_cluster(), media_type="text/plain; version=0.0.4")
+
+    @api.api_route("/{path:path}", methods=["GET", "POST", "DELETE"])
+    async def forward(self, request: Request) -> Response:
+        """Every other route: vLLM's, on a replica."""
+        try:
+            return await self._answer(request)
+        except Refused as refused:
+            return refused.response()
+
+    async def _answer(self, request: Request) -> Response:
+        if self._draining:
+            raise _come_back(503, "The endpoint is shutting down.", {"Connection": "close"})
+        self._check_key(request)
+        forwarded = await self._admit(request)
+        deadline = asyncio.get_running_loop().time() + self._limits.request_timeout_s
+        parts, first = await self._begin(forwarded, deadline)
+        if first.streamed:
+            body = self._rest(request, first, parts, deadline)
+            response: Response = _Relay(body, parts, first.status)
+        else:
+            response = Response(first.body, first.status)
+        response.raw_headers.extend(_kept(first.headers))
+        return response
+
+    def _check_key(self, request: Request) -> None:
+        if self._keys is None or request.url.path in OPEN_PATHS:
+            return
+        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or self._keys.name_of(key.strip()) is None:
+            raise Refused(
+                401,
+                "Send a valid API key, as 'Authorization: Bearer KEY'.",
+                {"WWW-Authenticate": "Bearer"},
+            )
+
+    async def _admit(self, request: Request) -> ForwardedRequest:
+        """Read a request within the limits."""
+        limit = self._limits.max_body_bytes
+        body = bytearray()
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > limit:
+                raise Refused(
+                    413,
+                    f"The request is larger than {limit} bytes. Send it in parts.",
+                    {"Connection": "close"},
+                )
+        parsed = parse_body(bytes(body)) if body else None
+        if parsed is not None and (count := count_inputs(parsed)) > self._limits.max_inputs:
+            raise Refused(
+                400,
+                f"The request has {count} inputs; at most {self._limits.max_inputs} are taken at "
+                "once. Send them in several requests.",
+            )
+        url = request.url
+        return ForwardedRequest(
+            method=request.method,
+            path=url.path,
+            query=url.query.encode(),
+            headers=[*_kept(request.headers.raw), (b"content-length", str(len(body)).encode())],
+            body=bytes(body),
+            routing_text=None if parsed is None else routing_text(parsed),
+        )
+
+    async def _begin(self, request: ForwardedRequest, deadline: float) -> tuple[Any, ResponseStart]:
+        """The parts of a replica's answer, and the first of them.
+
+        A replica that dies before it has said anything costs its requests a second try, on
+        another: what they ask for is computed, and changes nothing.
+        """
+        try:
+            return await self._try(request, deadline)
+        except (RayActorError, DeploymentUnavailableError) as error:
+            logger.warning("a replica was lost, its request goes to another: %s", error)
+        try:
+            return await self._try(request, deadline)
+        except (RayActorError, DeploymentUnavailableError) as error:
+            raise _come_back(503, LOST) from error
+
+    async def _try(self, request: ForwardedRequest, deadline: float) -> tuple[Any, ResponseStart]:
+        parts = self._stream.remote(request)
+        try:
+            async with asyncio.timeout_at(deadline):
+                return parts, await anext(parts)
+        except BackPressureError as error:
+            raise _come_back(429, "All replicas are busy, and the queue is full.") from error
+        except TimeoutError as error:
+            parts.cancel()
+            raise _come_back(504, self._too_long()) from error
+        except asyncio.CancelledError:
+            # The client has gone.
+            parts.cancel()
+            raise
+
+    async def _rest(
+        self, request: Request, first: ResponseStart, parts: Any, deadline: float
+    ) -> AsyncIterator[bytes]:
+        """A streamed body; of one that cannot be finished, the end is an error event."""
+        yield first.body
+        try:
+            async with asyncio.timeout_at(deadline):
+                async for part in parts:
+                    yield part
+        except TimeoutError:
+            yield _error_event(request, Refused(504, self._too_long()))
+        except RayActorError as error:
+            logger.warning("a replica was lost in the middle of a stream: %s", error)
+            yield _error_event(request, Refused(503, LOST))
+
+    def _too_long(self) -> str:
+        return f"The request took longer than {self._limits.request_timeout_s:g} s."

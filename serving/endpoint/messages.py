@@ -1,0 +1,123 @@
+"""HTTP requests on their way from the ingress to a replica, and the answers on their way back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Headers = list[tuple[bytes, bytes]]
+
+EMBED, GENERATE, OTHER = "embed", "generate", "other"
+_TASKS = {
+    EMBED: {
+        "/v1/embeddings",
+        "/v2/embed",
+        "/pooling",
+        "/score",
+        "/v1/score",
+        "/rerank",
+        "/v1/rerank",
+        "/v2/rerank",
+    },
+    GENERATE: {
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/responses",
+        "/v1/messages",
+        "/inference/v1/generate",
+    },
+}
+# Fields that hold what a request is about, the first that is there.
+_CONTENT = ("messages", "prompt", "input", "texts", "documents")
+_LISTS = ("input", "prompt", "texts", "inputs", "documents", "text_2", "data_2", "queries", "items")
+
+
+@dataclass(frozen=True)
+class ForwardedRequest:
+    """An HTTP request that passed the ingress.
+
+    Attributes:
+        method, path, query, headers, body: of the request; path and query as bytes of the URL.
+        routing_text: by whose beginning a replica is chosen that may have it in its prefix cache;
+            None for a request that any replica serves as well.
+    """
+
+    method: str
+    path: str
+    query: bytes
+    headers: Headers
+    body: bytes
+    routing_text: str | None
+
+
+@dataclass(frozen=True)
+class ResponseStart:
+    """Status and headers of an answer, and its body's beginning: all of it, unless it is streamed.
+
+    What follows of a streamed answer are bytes.
+    """
+
+    status: int
+    headers: Headers
+    body: bytes
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the answer is a stream of events."""
+        return any(
+            name == b"content-type" and value.startswith(b"text/event-stream")
+            for name, value in self.headers
+        )
+
+
+def task_of(path: str) -> str:
+    """What a request for ``path`` is: `EMBED`, `GENERATE` or `OTHER`."""
+    return next((task for task, paths in _TASKS.items() if path in paths), OTHER)
+
+
+def parse_body(body: bytes) -> dict[str, Any] | None:
+    """The JSON object in a body; None where there is none, which the replica answers."""
+    try:
+        value = json.loads(body)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def count_inputs(body: Mapping[str, Any]) -> int:
+    """Texts, prompts or documents of a request; of a list of token ids, one."""
+    return max((_length(body[name]) for name in _LISTS if name in body), default=1)
+
+
+def _length(value: Any) -> int:
+    if not isinstance(value, list) or not value or isinstance(value[0], int):
+        return 1
+    return len(value)
+
+
+def routing_text(body: Mapping[str, Any]) -> str | None:
+    """The text of a request whose prefix another request may share.
+
+    The text of an embedding request and the same text as a prompt, or in the first message of a
+    chat, give the same: they go to the same replica. None for token ids and for several texts,
+    which are better spread.
+    """
+    for name in _CONTENT:
+        if name in body:
+            return _text(body[name]) or None
+    return None
+
+
+def _text(value: Any) -> str:
+    """The text of a prompt, or of messages: their contents, one after the other."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Mapping):
+        return _text(value.get("content", value.get("text")))
+    if not isinstance(value, Sequence) or not value:
+        return ""
+    if isinstance(value[0], Mapping):
+        return "".join(map(_text, value))
+    return _text(value[0]) if len(value) == 1 else ""

@@ -1,0 +1,131 @@
+"""What an endpoint counts, and the metrics of a whole cluster on one page.
+
+Every process of Ray hands its metrics to its node, which exports them all. `/metrics` of the
+endpoint puts together what the nodes export of endpoint and engines, for whoever has one address
+to scrape and not the nodes'.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import logging
+import time
+from collections.abc import Iterable
+
+import httpx
+import ray
+from ray.util.metrics import Counter, Gauge, Histogram
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gem_vllm.serving.endpoint.messages import task_of
+
+logger = logging.getLogger(__name__)
+
+LATENCY_BOUNDARIES = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600]
+SHOWN = ("ray_gem_", "ray_vllm_")
+SCRAPE_SECONDS = 5.0
+
+
+# Key of a request's scope, for a status that its answer could not begin with.
+STATUS = "gem.status"
+CLIENT_GONE = 499
+
+_open: collections.Counter[str] = collections.Counter()
+
+
+def open_requests() -> int:
+    """Requests that this process has taken and not answered yet."""
+    return _open.total()
+
+
+class CountRequests:
+    """ASGI middleware: `gem_requests`, `gem_request_seconds` and `gem_requests_in_progress`."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._requests = Counter(
+            "gem_requests", "Requests that were answered.", tag_keys=("task", "code")
+        )
+        self._seconds = Histogram(
+            "gem_request_seconds",
+            "Seconds from a request to the end of its answer.",
+            boundaries=LATENCY_BOUNDARIES,
+            tag_keys=("task",),
+        )
+        self._in_progress = Gauge(
+            "gem_requests_in_progress", "Requests that are being answered.", tag_keys=("task",)
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the application; what is neither embedding nor generation is "other"."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        begun = status = CLIENT_GONE
+
+        async def note_status(message: Message) -> None:
+            nonlocal begun, status
+            await send(message)
+            if message["type"] == "http.response.start":
+                begun = message["status"]
+            elif not message.get("more_body"):
+                status = scope.get(STATUS, begun)
+
+        task, start = task_of(scope["path"]), time.monotonic()
+        self._change(task, 1)
+        try:
+            await self._app(scope, receive, note_status)
+        finally:
+            self._change(task, -1)
+            self._requests.inc(1, {"task": task, "code": str(status)})
+            self._seconds.observe(time.monotonic() - start, {"task": task})
+
+    def _change(self, task: str, count: int) -> None:
+        _open[task] += count
+        self._in_progress.set(_open[task], {"task": task})
+
+
+async def of_cluster() -> str:
+    """The metrics of endpoint and engines from all nodes, in Prometheus' text format."""
+    nodes = await asyncio.to_thread(ray.nodes)
+    addresses = [
+        f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+        for node in nodes
+        if node["Alive"]
+    ]
+    async with httpx.AsyncClient(timeout=SCRAPE_SECONDS, trust_env=False) as client:
+        pages = await asyncio.gather(
+            *(client.get(address) for address in addresses), return_exceptions=True
+        )
+    texts = []
+    for address, page in zip(addresses, pages, strict=True):
+        if isinstance(page, httpx.Response):
+            texts.append(page.text)
+        else:
+            logger.warning("no metrics from %s: %r", address, page)
+    return await asyncio.to_thread(merge, texts)
+
+
+def merge(pages: Iterable[str]) -> str:
+    """Several exporters' pages as one, of what begins with `SHOWN`.
+
+    A metric has one header, and its samples follow it, wherever they come from.
+    """
+    headers: dict[str, dict[str, str]] = {}
+    samples: dict[str, list[str]] = {}
+    for page in pages:
+        name = ""
+        for line in page.splitlines():
+            if line.startswith(("# HELP ", "# TYPE ")):
+                kind, name = line.split(" ", 3)[1:3]
+                if name.startswith(SHOWN):
+                    headers.setdefault(name, {})[kind] = line
+            elif name.startswith(SHOWN) and not line.startswith("#"):
+                samples.setdefault(name, []).append(line)
+    lines = [
+        line
+        for name in sorted(headers)
+        for line in (*headers[name].values(), *samples.get(name, ()))
+    ]
+    return "".join(f"{line}\n" for line in lines)

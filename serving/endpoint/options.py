@@ -1,0 +1,118 @@
+"""What an endpoint is asked to be, checked before anything is started."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from gem_vllm.errors import GemError
+from gem_vllm.serving.endpoint.keys import ApiKeys
+from gem_vllm.serving.options import ReplicaOptions, embedding_size
+
+
+@dataclass(frozen=True)
+class EndpointOptions:
+    """Replicas of one GEM checkpoint behind one endpoint; the `args` of a Serve config file.
+
+    Attributes:
+        model: folder of a GEM checkpoint, the same on every node.
+        served_model_name: that requests name; None for the folder's name.
+        min_replicas: kept running.
+        max_replicas: started where there is room and more to do.
+        target_ongoing_requests: running and queued requests of a replica, by which their number
+            follows the load.
+        cpus_per_replica: cores of a replica; None for an equal share of the cluster's.
+        tensor_parallel_size: GPUs, or CPU worker processes, that share a replica's model.
+        ingress_replicas: processes that check requests and pass them on.
+        max_ongoing_requests: that a replica works on.
+        max_queued_requests: that wait, at each ingress, for a replica; one more gets 429.
+        request_timeout_s: of a request, its wait and its answer together.
+        max_inputs: texts, prompts or documents in one request.
+        max_body_bytes: of a request.
+        api_keys: file of hashed keys, one a line (`keys`); None for an open endpoint.
+        engine: further options of vLLM's engine (`EngineArgs`) and front end.
+    """
+
+    model: Path
+    served_model_name: str | None = None
+    min_replicas: int = 1
+    max_replicas: int = 1
+    target_ongoing_requests: float = 64
+    cpus_per_replica: float | None = None
+    tensor_parallel_size: int = 1
+    ingress_replicas: int = 2
+    max_ongoing_requests: int = 256
+    max_queued_requests: int = 512
+    request_timeout_s: float = 600.0
+    max_inputs: int = 2048
+    max_body_bytes: int = 16 << 20
+    api_keys: Path | None = None
+    engine: Mapping[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def from_dict(args: Mapping[str, Any]) -> EndpointOptions:
+        """The options as a config file gives them.
+
+        Raises:
+            GemError: an unknown name, a value of another type, or `model` is missing.
+        """
+        known = {field.name: field for field in fields(EndpointOptions)}
+        for name, value in args.items():
+            if name not in known:
+                raise GemError(f"no option '{name}'; there are: {', '.join(known)}")
+            expected = _TYPES[str(known[name].type)]
+            if isinstance(value, bool) or not isinstance(value, expected):
+                raise GemError(f"option '{name}' is {value!r}, which is no {known[name].type}")
+        if "model" not in args:
+            raise GemError("option 'model' is missing; name the folder of a GEM checkpoint")
+        paths = {name: Path(args[name]) for name in ("model", "api_keys") if args.get(name)}
+        return EndpointOptions(**{**args, **paths})
+
+    def check(self) -> None:
+        """Raise GemError, in one line, for what cannot work."""
+        embedding_size(self.model)
+        self.replicas().check()
+        for name in ("model", "served_model_name"):
+            if name in self.engine:
+                raise GemError(f"the engine's options have '{name}'; it has an option of its own")
+        for name in (
+            "target_ongoing_requests",
+            "ingress_replicas",
+            "max_ongoing_requests",
+            "max_queued_requests",
+            "request_timeout_s",
+            "max_inputs",
+            "max_body_bytes",
+        ):
+            if getattr(self, name) <= 0:
+                raise GemError(f"{name} is {getattr(self, name):g}; it must be above 0")
+        if self.api_keys is not None:
+            ApiKeys.read(self.api_keys)
+
+    def replicas(self) -> ReplicaOptions:
+        """The engines, as batch jobs know them."""
+        return ReplicaOptions(
+            min_replicas=self.min_replicas,
+            max_replicas=self.max_replicas,
+            cpus=self.cpus_per_replica,
+            tensor_parallel=self.tensor_parallel_size,
+            engine=self.engine,
+        )
+
+    @property
+    def model_name(self) -> str:
+        """That requests name."""
+        return self.served_model_name or self.model.name
+
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (int, float),
+    "float | None": (int, float, type(None)),
+    "str | None": (str, type(None)),
+    "Path": (str, Path),
+    "Path | None": (str, Path, type(None)),
+    "Mapping[str, Any]": (Mapping,),
+}
