@@ -9,6 +9,7 @@ to another replica, or the next run of the same command does them.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -29,7 +30,7 @@ from gem_vllm.serving.manifest import (
     make_plan,
 )
 from gem_vllm.serving.options import EmbedOptions, ReplicaOptions
-from gem_vllm.serving.pool import map_in_pool, ray_cluster
+from gem_vllm.serving.pool import CALLS_IN_FLIGHT, map_in_pool, ray_cluster
 from gem_vllm.serving.replica import Replica, shard_rows
 
 SHARDS_PER_REPLICA = 16
@@ -48,7 +49,7 @@ def run_embed_job(
         options: what to do; checked here.
         replicas: by how many engines, with what.
         report: called with "rows", "rows_done", "rows_now" (of this run), "tokens_now",
-            "seconds" and "replicas" whenever a shard is finished.
+            "seconds" and "replicas" (at work) whenever a shard is finished.
 
     Returns:
         The summary, as written to `manifest.SUMMARY`.
@@ -84,9 +85,10 @@ def run_embed_job(
         rows_before = sum(counts["rows"] for counts in done.values())
         pending = [shard for shard in plan.shards if shard.index not in done]
         now = {"rows": 0, "tokens": 0}
-        seen: set[int] = set()
+        # An engine that is at work is in its calls' number of last shards; one that died is not.
+        latest: deque[str] = deque(maxlen=2 * CALLS_IN_FLIGHT * replicas.max_replicas)
         for counts in _write(pending, plan, options, replicas, types) if pending else ():
-            seen.add(int(counts["replica"]))
+            latest.append(counts["replica"])
             for key in now:
                 now[key] += int(counts[key])
             report(
@@ -96,7 +98,7 @@ def run_embed_job(
                     "rows_now": now["rows"],
                     "tokens_now": now["tokens"],
                     "seconds": time.monotonic() - start,
-                    "replicas": len(seen),
+                    "replicas": len(set(latest)),
                 }
             )
     output.remove_scraps()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import signal
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -33,10 +35,17 @@ def ray_cluster(replicas: ReplicaOptions) -> Iterator[None]:
         ray.init(address=replicas.ray_address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise GemError(f"--ray-address {replicas.ray_address}: {error}") from error
+    _handle_signals_again()
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _handle_signals_again() -> None:
+    """Ray puts a handler of its own, which aborts, in the place of Python's for SIGTERM."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
 
 def map_in_pool(

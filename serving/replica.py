@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -12,10 +11,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import ray
 
+from gem_vllm.serving.columnar import Chunk
 from gem_vllm.serving.engine import Answer, EngineThread, in_order
 from gem_vllm.serving.errors import JobError
-from gem_vllm.serving.inputs import BROKEN_FILE, Chunk, InputFile, read_rows
+from gem_vllm.serving.inputs import BROKEN_FILE, InputFile, read_rows
 from gem_vllm.serving.manifest import DONE, ERRORS, OutputFolder, Shard
 from gem_vllm.serving.options import GENERATED, ID, EmbedOptions
 from gem_vllm.serving.vectors import vector_columns, vector_fields
@@ -69,6 +70,7 @@ class Replica:
         self._output = OutputFolder(options.output)
         self._size = options.vector_size()
         self._schema = self._make_schema(bound)
+        self._name = ray.get_runtime_context().get_actor_id()
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         """Write the shard that is the batch's one row.
@@ -77,7 +79,8 @@ class Replica:
             batch: "index", "file", "start", "stop" and "url", as `shard_rows` gives them.
 
         Returns:
-            One row: "failure", empty or why the job cannot go on, and the shard's counts.
+            One row: "failure", empty or why the job cannot go on, the shard's counts, and the
+            "replica"'s name.
         """
         row = {key: values[0] for key, values in batch.items()}
         shard = Shard(*(int(row[key]) for key in ("index", "file", "start", "stop")))
@@ -88,7 +91,7 @@ class Replica:
         except JobError as error:
             # As a value: of an exception, what reaches the driver through Ray Data is a text.
             failure = str(error)
-        result = {**counts, "failure": failure, "replica": os.getpid()}
+        result = {**counts, "failure": failure, "replica": self._name}
         return {key: [value] for key, value in result.items()}
 
     def _write(self, shard: Shard, file: InputFile) -> dict[str, int]:

@@ -7,13 +7,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset
 
 from gem_vllm.errors import GemError
-from gem_vllm.serving import inputs
-from gem_vllm.serving.inputs import Chunk, column_types, count_rows, list_files, read_rows
+from gem_vllm.serving.columnar import CHUNK_ROWS, Chunk
+from gem_vllm.serving.inputs import column_types, count_rows, list_files, read_rows
+from gem_vllm.serving.lines import SAMPLED_ROWS
 
 
 def read_all(path: Path, names: list[str], start: int = 0, stop: int | None = None) -> list[Chunk]:
@@ -26,7 +29,7 @@ def texts(chunks: list[Chunk], name: str = "text") -> list[Any]:
     return [value for chunk in chunks for value in chunk.columns[name].to_pylist()]
 
 
-@pytest.fixture(params=["parquet", "jsonl", "jsonl.gz", "csv", "csv.gz", "txt", "txt.gz"])
+@pytest.fixture(params=["parquet", "arrow", "jsonl", "jsonl.gz", "csv", "csv.gz", "txt", "txt.gz"])
 def numbered(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """1,300 rows, "text 0" and so on, in each format."""
     path = tmp_path / f"rows.{request.param}"
@@ -34,6 +37,11 @@ def numbered(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     kind = request.param.removesuffix(".gz")
     if kind == "parquet":
         pq.write_table(pa.table({"text": rows, "n": range(1300)}), path, row_group_size=400)
+        return path
+    if kind == "arrow":
+        table = pa.table({"text": rows, "n": range(1300)})
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table, max_chunksize=700)
         return path
     lines = {
         "jsonl": [json.dumps({"text": row, "n": i}) for i, row in enumerate(rows)],
@@ -50,7 +58,7 @@ def test_any_range_of_rows(numbered: Path, start: int, stop: int) -> None:
     chunks = read_all(numbered, ["text"], start, stop)
     assert texts(chunks) == [f"text {i}".encode() for i in range(start, stop)]
     assert chunks[0].start == start
-    assert all(len(chunk) <= inputs.CHUNK_ROWS and not chunk.problems for chunk in chunks)
+    assert all(len(chunk) <= CHUNK_ROWS and not chunk.problems for chunk in chunks)
 
 
 def test_other_columns_keep_their_types(numbered: Path) -> None:
@@ -60,6 +68,41 @@ def test_other_columns_keep_their_types(numbered: Path) -> None:
         return
     values = texts(read_all(numbered, ["text", "n"], 10, 12), "n")
     assert values == (["10", "11"] if ".csv" in numbered.name else [10, 11])
+
+
+def test_a_data_set_saved_by_datasets(tmp_path: Path) -> None:
+    rows = [f"text {i}" for i in range(2500)]
+    Dataset.from_dict({"text": rows}).save_to_disk(tmp_path / "saved", num_shards=3)
+    files = list_files(str(tmp_path / "saved"))
+    counts = [count_rows(file) for file in files]
+    types = column_types(files, ["text"])
+    read = [
+        chunk
+        for file, count in zip(files, counts, strict=True)
+        for chunk in read_rows(file, 0, count, types, "text")
+    ]
+    assert (len(counts), texts(read)) == (3, [row.encode() for row in rows])
+
+
+def test_an_arrow_stream_on_another_file_system(tmp_path: Path) -> None:
+    Dataset.from_dict({"text": ["a", None, "c"]}).save_to_disk(tmp_path / "saved")
+    memory = fsspec.filesystem("memory")
+    memory.put(f"{tmp_path}/saved", f"/{tmp_path.name}", recursive=True)
+    (file,) = list_files(f"memory://{tmp_path.name}")
+    types = column_types([file], ["text"])
+    assert texts(list(read_rows(file, 1, 3, types, "text"))) == [None, b"c"]
+
+
+@pytest.mark.parametrize("content", ["no Arrow", "", "file"])
+def test_a_file_that_is_no_arrow_stream_is_refused(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "in.arrow"
+    path.write_text(content)
+    if content == "file":
+        table = pa.table({"text": ["a"]})
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table)
+    with pytest.raises(GemError, match=r"in.arrow cannot be read: it is not an Arrow stream"):
+        column_types(list_files(str(path)), ["text"])
 
 
 def test_bad_json_lines_are_rows_with_problems(tmp_path: Path) -> None:
@@ -94,7 +137,7 @@ def test_bad_json_lines_are_rows_with_problems(tmp_path: Path) -> None:
 
 def test_a_value_of_another_type_is_the_rows_problem(tmp_path: Path) -> None:
     path = tmp_path / "n.jsonl"
-    rows = [{"text": "a", "n": 1}] * inputs.SAMPLED_ROWS + [{"text": "b", "n": "one"}]
+    rows = [{"text": "a", "n": 1}] * SAMPLED_ROWS + [{"text": "b", "n": "one"}]
     path.write_text("\n".join(map(json.dumps, rows)))
     chunk = read_all(path, ["text", "n"])[-1]
     assert list(chunk.problems.values()) == ["column 'n' is not int64: 'one'"]

@@ -1,0 +1,115 @@
+"""Formats of columns: Parquet, and the Arrow streams that Hugging Face's `datasets` keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+CHUNK_ROWS = 512
+
+
+@dataclass
+class Chunk:
+    """Some rows of a file, one after the other.
+
+    Attributes:
+        start: number of the first row in its file.
+        columns: name to Arrow array, all of one length; text as `large_binary`.
+        problems: index in the chunk to what is wrong with the row.
+    """
+
+    start: int
+    columns: dict[str, pa.Array]
+    problems: dict[int, str] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+
+def parquet_types(url: str) -> dict[str, pa.DataType]:
+    """The columns of a Parquet file."""
+    with fsspec.open(url, "rb") as stream:
+        return _plain_types(pq.read_schema(stream))
+
+
+def arrow_types(url: str) -> dict[str, pa.DataType]:
+    """The columns of an Arrow stream."""
+    with _arrow_reader(url) as reader:
+        return _plain_types(reader.schema)
+
+
+def count_parquet(url: str) -> int:
+    """Rows of a Parquet file."""
+    with fsspec.open(url, "rb") as stream:
+        return int(pq.ParquetFile(stream).metadata.num_rows)
+
+
+def count_arrow(url: str) -> int:
+    """Rows of an Arrow stream, which has no index: it is gone through."""
+    with _arrow_reader(url) as reader:
+        return sum(len(batch) for batch in reader)
+
+
+def read_parquet(
+    url: str, start: int, stop: int, types: dict[str, pa.DataType], text: str
+) -> Iterator[Chunk]:
+    """Rows ``start`` to ``stop``; of the row groups, only those that have some of them."""
+    with fsspec.open(url, "rb") as stream:
+        file = pq.ParquetFile(stream)
+        first = 0
+        for group in range(file.metadata.num_row_groups):
+            rows = file.metadata.row_group(group).num_rows
+            if first < stop and first + rows > start:
+                batches = file.iter_batches(CHUNK_ROWS, [group], columns=list(types))
+                yield from _chunks(batches, first, start, stop, types)
+            first += rows
+
+
+def read_arrow(
+    url: str, start: int, stop: int, types: dict[str, pa.DataType], text: str
+) -> Iterator[Chunk]:
+    """Rows ``start`` to ``stop``, a record batch at a time."""
+    with _arrow_reader(url) as reader:
+        yield from _chunks(reader, 0, start, stop, types)
+
+
+def _chunks(
+    batches: Iterable[pa.RecordBatch],
+    at: int,
+    start: int,
+    stop: int,
+    types: dict[str, pa.DataType],
+) -> Iterator[Chunk]:
+    """What ``batches``, of which the first begins with row ``at``, have of the rows."""
+    for batch in batches:
+        for low in range(max(start - at, 0), min(stop - at, len(batch)), CHUNK_ROWS):
+            part = batch.slice(low, min(CHUNK_ROWS, stop - at - low))
+            yield Chunk(at + low, {n: part.column(n).cast(t) for n, t in types.items()})
+        at += len(batch)
+        if at >= stop:
+            return
+
+
+@contextmanager
+def _arrow_reader(url: str) -> Iterator[pa.RecordBatchReader]:
+    fs, path = fsspec.core.url_to_fs(url)
+    local = isinstance(fs, fsspec.implementations.local.LocalFileSystem)
+    # Of a mapped file, the batches that are passed over cost nothing.
+    with pa.memory_map(path) if local else fs.open(path, "rb") as source:
+        try:
+            reader = pa.ipc.open_stream(source)
+        except pa.ArrowException as error:
+            raise pa.ArrowInvalid("it is not an Arrow stream, as `datasets` writes it") from error
+        yield reader
+
+
+def _plain_types(schema: pa.Schema) -> dict[str, pa.DataType]:
+    return {
+        field.name: field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+        for field in schema
+    }
