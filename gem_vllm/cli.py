@@ -10,6 +10,8 @@ from gem_vllm.commands.adapter import app as adapter
 from gem_vllm.commands.demo import demo
 from gem_vllm.commands.embed import embed
 from gem_vllm.commands.fetch import fetch
+from gem_vllm.commands.key import key
+from gem_vllm.commands.serve import serve
 from gem_vllm.commands.train import train
 from gem_vllm.errors import GemError
 
@@ -23,6 +25,8 @@ app.command()(fetch)
 app.command()(train)
 app.add_typer(adapter, name="adapter")
 app.command()(embed)
+app.command()(serve)
+app.command()(key)
 app.command()(demo)
 
 

@@ -32,20 +32,23 @@ def ray_cluster(replicas: ReplicaOptions) -> Iterator[None]:
         yield
         return
     try:
-        ray.init(address=replicas.ray_address, log_to_driver=False, logging_level=logging.ERROR)
+        with _own_sigterm_handler():
+            ray.init(address=replicas.ray_address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise GemError(f"--ray-address {replicas.ray_address}: {error}") from error
-    _handle_signals_again()
     try:
         yield
     finally:
         ray.shutdown()
 
 
-def _handle_signals_again() -> None:
-    """Ray puts a handler of its own, which aborts, in the place of Python's for SIGTERM."""
+@contextmanager
+def _own_sigterm_handler() -> Iterator[None]:
+    """Keep this process's handler of SIGTERM, in whose place `ray.init` puts one that exits."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+        signal.signal(signal.SIGTERM, handler)
 
 
 def map_in_pool(

@@ -102,7 +102,7 @@ def embed(
         max_replicas=max(min_replicas, max_replicas),
         cpus=cpus_per_replica,
         tensor_parallel=tensor_parallel_size,
-        engine=_json_object(engine),
+        engine=json_object(engine),
         ray_address=ray_address,
     )
     try:
@@ -126,7 +126,8 @@ def _absolute(path: str) -> str:
     return path if "://" in path or "::" in path else str(Path(path).absolute())
 
 
-def _json_object(text: str) -> dict[str, Any]:
+def json_object(text: str) -> dict[str, Any]:
+    """The engine's options as `--engine` gives them; GemError if they are no JSON object."""
     try:
         value = json.loads(text)
     except ValueError as error:

@@ -12,9 +12,9 @@ from gem_vllm.serving.endpoint.ingress import Ingress, Limits
 from gem_vllm.serving.endpoint.options import EndpointOptions
 from gem_vllm.serving.pool import engine_needs
 
-APP_NAME = "gem"
 # Above what a request may take: a replica that is to stop answers what it has taken.
 STOP_MARGIN_S = 30.0
+START_TRIES = 2
 
 
 def app(args: dict[str, Any]) -> Application:
@@ -91,6 +91,7 @@ def _llm_config(options: EndpointOptions, stop_s: float) -> Any:
             },
             "max_ongoing_requests": options.max_ongoing_requests,
             "max_queued_requests": options.max_queued_requests,
+            "max_constructor_retry_count": START_TRIES,
             "graceful_shutdown_timeout_s": stop_s,
             "request_router_config": RequestRouterConfig(
                 request_router_class=GemRouter, request_router_kwargs=ROUTER_OPTIONS

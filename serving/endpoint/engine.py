@@ -9,7 +9,7 @@ from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 from vllm.platforms import current_platform
 
 
-class LocalCheckpoint(CallbackBase):  # type: ignore[misc]
+class LocalCheckpoint(CallbackBase):
     """`LLMConfig.callback_config`: no task on every node to download what is there."""
 
     async def on_before_node_init(self) -> None:
@@ -17,7 +17,7 @@ class LocalCheckpoint(CallbackBase):  # type: ignore[misc]
         self.ctx.run_init_node = False
 
 
-class GemEngine(VLLMEngine):  # type: ignore[misc]
+class GemEngine(VLLMEngine):
     """`VLLMEngine` without a worker process of its own where one process is enough.
 
     On a CPU Ray sets the multi-process executor, whatever is asked for: a replica would be three

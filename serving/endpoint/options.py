@@ -11,6 +11,8 @@ from gem_vllm.errors import GemError
 from gem_vllm.serving.endpoint.keys import ApiKeys
 from gem_vllm.serving.options import ReplicaOptions, embedding_size
 
+APP_NAME = "gem"
+
 
 @dataclass(frozen=True)
 class EndpointOptions:
@@ -91,7 +93,7 @@ class EndpointOptions:
         if self.api_keys is not None:
             ApiKeys.read(self.api_keys)
 
-    def replicas(self) -> ReplicaOptions:
+    def replicas(self, ray_address: str | None = None) -> ReplicaOptions:
         """The engines, as batch jobs know them."""
         return ReplicaOptions(
             min_replicas=self.min_replicas,
@@ -99,7 +101,29 @@ class EndpointOptions:
             cpus=self.cpus_per_replica,
             tensor_parallel=self.tensor_parallel_size,
             engine=self.engine,
+            ray_address=ray_address,
         )
+
+    def serve_config(self, host: str, port: int) -> dict[str, Any]:
+        """The file for `serve deploy`: this application, with these options."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        args = {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in given.items()
+            if value is not None
+        }
+        return {
+            "proxy_location": "EveryNode",
+            "http_options": {"host": host, "port": port},
+            "applications": [
+                {
+                    "name": APP_NAME,
+                    "route_prefix": "/",
+                    "import_path": "gem_vllm.serving.endpoint:app",
+                    "args": {**args, "engine": dict(self.engine)},
+                }
+            ],
+        }
 
     @property
     def model_name(self) -> str:

@@ -12,7 +12,11 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayActorError
-from ray.serve.llm.request_router import PrefixCacheAffinityRouter
+
+# Not from `ray.serve.llm.request_router`, which would have every ingress import vLLM and torch.
+from ray.llm._internal.serve.routing_policies.prefix_aware.prefix_aware_router import (
+    PrefixCacheAffinityRouter,
+)
 
 from gem_vllm.serving.endpoint.messages import ForwardedRequest
 
@@ -21,7 +25,7 @@ IMBALANCE = 8
 ROUTER_OPTIONS = {"imbalanced_threshold": IMBALANCE, "do_eviction": True}
 
 
-class GemRouter(PrefixCacheAffinityRouter):  # type: ignore[misc]
+class GemRouter(PrefixCacheAffinityRouter):
     """`request_router_class` of an endpoint's replicas."""
 
     def initialize_state(self, **options: Any) -> None:

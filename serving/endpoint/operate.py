@@ -1,0 +1,154 @@
+"""An endpoint from this process: started, watched, drained and stopped (`gem-vllm serve`)."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+from ray import serve
+from ray.serve.exceptions import RayServeException
+
+from gem_vllm.errors import GemError
+from gem_vllm.serving.endpoint.application import build
+from gem_vllm.serving.endpoint.options import APP_NAME, EndpointOptions
+from gem_vllm.serving.errors import JobError
+from gem_vllm.serving.pool import ray_cluster
+
+WATCH_SECONDS = 2.0
+DRAIN_POLL_SECONDS = 0.5
+CALL_SECONDS = 30.0
+
+Report = Callable[[str], None]
+
+
+def run_endpoint(
+    options: EndpointOptions, host: str, port: int, ray_address: str | None, report: Report
+) -> None:
+    """Serve until SIGTERM or SIGINT, then answer what was taken, and stop.
+
+    Args:
+        options: checked here.
+        host, port: of the HTTP proxies.
+        ray_address: of a running cluster, which stays; None for one on this machine, for this
+            process.
+        report: called with a line whenever there is something to say.
+
+    Raises:
+        GemError: the endpoint cannot be begun; nothing was started.
+        JobError: it was begun and could not be brought up.
+    """
+    options.check()
+    if ray_address is None:
+        _check_port(host, port)
+    stop = _Stop()
+    with stop.on_signals(), _quiet_logs(), ray_cluster(options.replicas(ray_address)):
+        try:
+            report(f"starting {options.min_replicas} replica(s) of {options.model_name}")
+            _start(options, host, port)
+            report(f"serving {options.model_name} on http://{host}:{port}/v1 (Ctrl-C stops it)")
+            _watch(stop, report)
+            report("answering what was taken; no new requests (Ctrl-C again drops them)")
+            _drain(options.request_timeout_s, report)
+        finally:
+            if ray_address is not None:
+                with contextlib.suppress(RayServeException):
+                    serve.delete(APP_NAME)
+    report("stopped")
+
+
+def _check_port(host: str, port: int) -> None:
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except (OSError, OverflowError) as error:
+        raise GemError(f"--host {host} --port {port} cannot be used: {error}") from error
+
+
+class _Stop:
+    """What SIGTERM and SIGINT do: interrupt, or, while `orderly`, ask once for an orderly stop."""
+
+    def __init__(self) -> None:
+        self.orderly = False
+        self.asked = threading.Event()
+
+    def _signalled(self, number: int, frame: FrameType | None) -> None:
+        if not self.orderly or self.asked.is_set():
+            raise KeyboardInterrupt
+        self.asked.set()
+
+    @contextlib.contextmanager
+    def on_signals(self) -> Iterator[None]:
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        previous = {number: signal.signal(number, self._signalled) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _quiet_logs() -> Iterator[None]:
+    """No logs of Ray and vLLM from this process, which has no engine; `report` says what counts."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _start(options: EndpointOptions, host: str, port: int) -> None:
+    serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port})
+    try:
+        serve.run(build(options), name=APP_NAME, route_prefix="/")
+    except RuntimeError as error:
+        raise JobError(f"the endpoint could not be brought up: {reason(str(error))}") from error
+
+
+def reason(text: str) -> str:
+    """The line of Serve's account of a failed start that says why."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    told = [line for line in lines if "Value error, " in line]
+    if told:
+        return told[0].partition("Value error, ")[2].split(" [type=value_error")[0]
+    named = [line for line in lines if "Error: " in line]
+    return (named or lines or ["no reason was given"])[-1]
+
+
+def _watch(stop: _Stop, report: Report) -> None:
+    """Report every change of the application's state until it is to stop."""
+    stop.orderly = True
+    seen = ""
+    while not stop.asked.wait(WATCH_SECONDS):
+        application = serve.status().applications[APP_NAME]
+        running = {
+            name.partition(":")[0]: states.replica_states.get("RUNNING", 0)
+            for name, states in application.deployments.items()
+        }
+        line = ", ".join(f"{count} {name}" for name, count in sorted(running.items()))
+        line = f"{application.status.value.lower()}: {line}"
+        if line != seen:
+            report(line)
+            seen = line
+
+
+def _drain(timeout_s: float, report: Report) -> None:
+    """Close every ingress, then wait until they have answered what they took."""
+    ingress = serve.get_app_handle(APP_NAME)
+    ingress.broadcast("drain").results(timeout_s=CALL_SECONDS)
+    deadline = time.monotonic() + timeout_s
+    idle = 0
+    # Twice in a row: an answer that has left the ingress is still on its way through the proxy.
+    while idle < 2 and time.monotonic() < deadline:
+        time.sleep(DRAIN_POLL_SECONDS)
+        counts: list[Any] = ingress.broadcast("open_requests").results(timeout_s=CALL_SECONDS)
+        idle = idle + 1 if sum(counts) == 0 else 0
+    if idle < 2:
+        report(f"not all requests were answered within {timeout_s:g} s; they are dropped")
