@@ -132,7 +132,7 @@ def rounds_to_do(
     if "clean" not in result or not (args.work / "clean.npy").is_file():
         todo.append(("no fault", clean))
     done = {(round_["fault"], round_["number"]) for round_ in result["rounds"]}
-    for number in range(ROUNDS):
+    for number in (*range(1, ROUNDS), 0):  # the long ones last
         rows = args.rows_of_a_round if number else args.rows
         for kind in FAULTS:
             if (kind, number) not in done:
