@@ -59,10 +59,12 @@ class Bench:
     Attributes:
         work: folder for the model, the texts and the outputs.
         cluster: to run on.
+        commit: of what is run.
     """
 
     work: Path
     cluster: Raylets
+    commit: str
 
     def command(self, rows: int, output: Path) -> list[str]:
         """The job over the first ``rows`` texts."""
@@ -102,10 +104,10 @@ def main() -> None:
     result = json.loads(path.read_text()) if path.is_file() else {"rounds": []}
     if {**result.get("about", {}), **about} != result.get("about", about):
         raise GemError(f"{path} has rounds of other settings; choose another --out")
-    result["about"] = {**about, "command": shown_command(sys.argv), "commit": commit()}
+    result["about"] = {**about, "command": shown_command(sys.argv)}
     deadline = time.monotonic() + 60 * args.minutes
     with raylets(NODES) as cluster:
-        bench = Bench(args.work, cluster)
+        bench = Bench(args.work, cluster, commit())
         for name, todo in rounds_to_do(args, bench, result):
             if time.monotonic() > deadline:
                 break
@@ -168,7 +170,7 @@ def run_clean(bench: Bench, rows: int) -> dict[str, Any]:
         "seconds": round(run.seconds, 1),
         "first_shard_s": round(run.progress[0][0], 1),
         "driver_mib": driver_memory(run),
-        "commit": commit(),
+        "commit": bench.commit,
     }
 
 
@@ -216,7 +218,7 @@ def run_fault(
         "seconds": round(seconds, 1),
         "cosine": check(bench, output, rows),
         "driver_mib": driver_memory(run),
-        "commit": commit(),
+        "commit": bench.commit,
     }
 
 

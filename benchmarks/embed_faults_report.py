@@ -44,7 +44,7 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         "| | |",
         "|---|---|",
-        *(f"| {key} | {value} |" for key, value in result["about"].items() if key != "commit"),
+        *(f"| {key} | {value} |" for key, value in result["about"].items()),
         f"| commit | {'; '.join(commits)} |",
         "",
     ]
