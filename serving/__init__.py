@@ -5,7 +5,10 @@
 | `job` | `gem-vllm embed`: plan, actor pool, progress, the count at the end |
 | `replica` | one engine that turns shards of rows into Parquet files |
 | `manifest` | what is finished, and what a job is bound to, in its output folder |
-| `inputs` | Parquet, JSON lines, CSV and text, row by row, bad rows included |
+| `inputs` | the rows to embed, whatever format they are in, bad ones included |
+| `columnar` | Parquet and Arrow files |
+| `lines` | JSON lines, CSV and text |
+| `job_metrics` | what a replica has done, for Ray's dashboard |
 | `vectors` | embeddings as Arrow columns |
 | `engine` | vLLM's engine in a thread, fed by tokens |
 | `pool` | Ray, and actors with the cores or GPUs of an engine |

@@ -27,6 +27,7 @@ from typing import Any
 import fsspec
 
 from gem_vllm.errors import GemError
+from gem_vllm.serving.errors import JobError, first_line
 from gem_vllm.serving.inputs import InputFile
 
 STATE = "_gem"
@@ -123,15 +124,16 @@ class OutputFolder:
 
         Args:
             name: in the folder, with "/".
+
+        Raises:
+            JobError: the file system refuses, for lack of space perhaps.
         """
         target = f"{self.path}/{name}"
         parent, _, leaf = target.rpartition("/")
-        if self.local:
-            os.makedirs(parent, exist_ok=True)
-            scratch = f"{parent}/.{leaf}-{uuid.uuid4().hex}"
-        else:
-            scratch = os.path.join(tempfile.gettempdir(), f"{leaf}-{uuid.uuid4().hex}")
+        folder = parent if self.local else tempfile.gettempdir()
+        scratch = f"{folder}/.{leaf}-{uuid.uuid4().hex}"
         try:
+            os.makedirs(folder, exist_ok=True)
             yield scratch
             if self.local:
                 _fsync(scratch)
@@ -139,6 +141,11 @@ class OutputFolder:
                 _fsync(parent)
             else:
                 self.fs.put_file(scratch, target)
+        except OSError as error:
+            raise JobError(
+                f"{self.url} cannot be written: {first_line(error)}. Mend that, and run the same "
+                "command again to go on"
+            ) from error
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(scratch)

@@ -70,7 +70,10 @@ def map_in_pool(
         batch_size: rows of a call.
         arguments: of the class, besides "engine": the options of vLLM's engine.
     """
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    rows.context.enable_progress_bars = False
+    # One more actor as soon as all have as many calls as they are given: Ray's own threshold is
+    # meant for calls that queue at an actor, which would bind shards to it that others could do.
+    rows.context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     (cpus, gpus), environment, engine = engine_needs(replicas)
     most = min(replicas.max_replicas, most_actors or replicas.max_replicas)

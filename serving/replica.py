@@ -17,6 +17,7 @@ from gem_vllm.serving.columnar import Chunk
 from gem_vllm.serving.engine import Answer, EngineThread, in_order
 from gem_vllm.serving.errors import JobError
 from gem_vllm.serving.inputs import BROKEN_FILE, InputFile, read_rows
+from gem_vllm.serving.job_metrics import JobMetrics
 from gem_vllm.serving.manifest import DONE, ERRORS, OutputFolder, Shard
 from gem_vllm.serving.options import GENERATED, ID, EmbedOptions
 from gem_vllm.serving.vectors import vector_columns, vector_fields
@@ -71,6 +72,7 @@ class Replica:
         self._size = options.vector_size()
         self._schema = self._make_schema(bound)
         self._name = ray.get_runtime_context().get_actor_id()
+        self._metrics = JobMetrics(options.output)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         """Write the shard that is the batch's one row.
@@ -97,27 +99,21 @@ class Replica:
     def _write(self, shard: Shard, file: InputFile) -> dict[str, int]:
         self._start_engine()
         counts = _Counts()
-        try:
-            with (
-                self._output.writing(f"part-{shard.name}.parquet") as path,
-                pq.ParquetWriter(path, self._schema, compression="zstd") as writer,
-            ):
-                for table in self._tables(shard, file, counts):
-                    writer.write_table(table)
-            self._check_count(shard, file, counts)
-            self._write_errors(shard, counts)
-            done = {
-                "rows": counts.rows,
-                "embedded": counts.embedded,
-                "reported": counts.reported,
-                "tokens": counts.tokens,
-            }
-            self._output.write_json(f"{DONE}/{shard.name}.json", done)
-        except OSError as error:
-            raise JobError(
-                f"{self._options.output} cannot be written: {error}. Mend that, and run the same "
-                "command again to go on"
-            ) from error
+        with (
+            self._output.writing(f"part-{shard.name}.parquet") as path,
+            pq.ParquetWriter(path, self._schema, compression="zstd") as writer,
+        ):
+            for table in self._tables(shard, file, counts):
+                writer.write_table(table)
+        self._check_count(shard, file, counts)
+        self._write_errors(shard, counts)
+        done = {
+            "rows": counts.rows,
+            "embedded": counts.embedded,
+            "reported": counts.reported,
+            "tokens": counts.tokens,
+        }
+        self._output.write_json(f"{DONE}/{shard.name}.json", done)
         return done
 
     def _start_engine(self) -> None:
@@ -207,9 +203,11 @@ class Replica:
         texts = [a.text if a and good[i] else None for i, a in enumerate(answered)]
         ids = self._ids(chunk, file)
         self._report(chunk, ids, file, counts)
+        tokens = sum(answer.tokens for answer in (*embedded, *answered) if answer)
         counts.rows += len(chunk)
         counts.embedded += sum(good)
-        counts.tokens += sum(answer.tokens for answer in (*embedded, *answered) if answer)
+        counts.tokens += tokens
+        self._metrics.add(rows=len(chunk), embedded=sum(good), tokens=tokens)
         columns = {
             ID: ids,
             **{name: chunk.columns[name] for name in options.keep},

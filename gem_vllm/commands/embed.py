@@ -18,8 +18,9 @@ def embed(
     input: Annotated[
         str,
         typer.Option(
-            help="What to embed: .parquet, .jsonl, .csv or .txt (the last three also .gz); a file, "
-            "a folder or a glob, local or a URI (s3://, gs://, hf://datasets/ and so on)."
+            help="What to embed: .parquet, .arrow (a folder of Dataset.save_to_disk), .jsonl, .csv "
+            "or .txt (the last three also .gz); a file, a folder or a glob, local or a URI (s3://, "
+            "gs:// and so on; of the Hugging Face hub, hf://datasets/ORG/NAME/...)."
         ),
     ],
     output: Annotated[str, typer.Option(help="Folder for the vectors, local or a URI.")],
@@ -66,7 +67,7 @@ def embed(
         typer.Option(help="A running cluster, for example auto.", show_default="this machine"),
     ] = None,
 ) -> None:
-    """Embed a large data set: Parquet, JSON lines, CSV or text in, Parquet files with vectors out.
+    """Embed a large data set, in one of several formats, into Parquet files with vectors.
 
     Run the same command again to go on after an interruption: what is finished stays, and every
     row comes out exactly once. Exits with 2 where the job cannot be begun, with 1 where it could

@@ -1,8 +1,9 @@
-"""A Ray cluster on this machine, for all tests of a module."""
+"""A Ray cluster on this machine, for all tests of a module, and the model that jobs have."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import ray
@@ -10,6 +11,14 @@ import ray
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        # Ray's default is 10 s, longer than these jobs are at work.
+        patch.setenv("RAY_metrics_report_interval_ms", "500")
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint: Callable[..., Path]) -> Path:
+    return tiny_checkpoint("llama", k=2)

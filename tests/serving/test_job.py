@@ -1,80 +1,33 @@
-"""The batch job on a tiny model: every row once, what is wrong reported, interruptions survived."""
+"""The batch job on a tiny model: every row once, what is wrong reported."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
-import torch
 
 from gem_vllm.errors import GemError
-from gem_vllm.reference import ReferenceEmbedder
 from gem_vllm.serving.errors import JobError
 from gem_vllm.serving.job import run_embed_job
-from gem_vllm.serving.manifest import DONE, ERRORS
+from gem_vllm.serving.manifest import DONE
 from gem_vllm.serving.options import EmbedOptions, ReplicaOptions
 from gem_vllm.serving.processor import EmbedProcessorConfig, build_embed_processor
-from gem_vllm.tokens import load_tokenizer
-
-ENGINE = {
-    "dtype": "float32",
-    "enforce_eager": True,
-    "kv_cache_memory_bytes": 1 << 26,
-    "max_model_len": 256,
-    "max_num_batched_tokens": 512,
-}
-REPLICAS = ReplicaOptions(engine=ENGINE)
-WORDS = ("river", "bridge", "library", "moon", "bread", "capital", "France", "water", "rock")
-
-
-def sentence(i: int) -> str:
-    return " ".join(WORDS[(i * 7 + j * j) % len(WORDS)] for j in range(2 + i % 40)) + f" {i}"
-
-
-@pytest.fixture(scope="module")
-def model(tiny_checkpoint: Callable[..., Path]) -> Path:
-    return tiny_checkpoint("llama", k=2)
-
-
-def table_of(output: str) -> pa.Table:
-    parts = sorted(Path(output).glob("part-*.parquet"))
-    return pa.concat_tables([pq.read_table(part) for part in parts])
-
-
-def errors_of(output: str) -> list[dict[str, Any]]:
-    parts = sorted(Path(output, ERRORS).glob("*.parquet"))
-    return [row for part in parts for row in pq.read_table(part).to_pylist()]
-
-
-def reference(model: Path, texts: list[str]) -> torch.Tensor:
-    tokenizer = load_tokenizer(model)
-    return ReferenceEmbedder(model).embed([tokenizer(text)["input_ids"] for text in texts])
-
-
-def agreement(embeddings: pa.ChunkedArray, expected: torch.Tensor) -> float:
-    have = torch.tensor(np.stack(embeddings.to_pylist()))
-    return float(torch.nn.functional.cosine_similarity(have.double(), expected.double()).min())
-
-
-def jsonl(path: Path, count: int) -> Path:
-    path.write_text(
-        "".join(json.dumps({"id": i, "text": sentence(i)}) + "\n" for i in range(count))
-    )
-    return path
+from tests.serving.jobs import (
+    ENGINE,
+    REPLICAS,
+    agreement,
+    errors_of,
+    jsonl,
+    reference,
+    sentence,
+    table_of,
+)
 
 
 @pytest.mark.usefixtures("cluster")
@@ -183,84 +136,3 @@ def test_a_processor_adds_embeddings_to_any_dataset(model: Path) -> None:
     assert [row["text"] for row in embedded] == texts
     vectors = pa.chunked_array([pa.array([row["embedding"].tolist() for row in embedded])])
     assert agreement(vectors, reference(model, texts)) >= 0.9999
-
-
-def embed_command(model: Path, folder: Path) -> list[str]:
-    return [
-        *(sys.executable, "-m", "gem_vllm.cli", "embed", "--model", str(model)),
-        *("--input", str(folder / "in.jsonl"), "--output", str(folder / "out")),
-        *("--id-column", "id", "--rows-per-shard", "50", "--engine", json.dumps(ENGINE)),
-    ]
-
-
-def is_replica(process: psutil.Process) -> bool:
-    try:
-        return "MapWorker" in " ".join(process.cmdline()[:1])
-    except psutil.NoSuchProcess:  # gone, or a zombie
-        return False
-
-
-def replicas_of(driver: psutil.Process) -> list[psutil.Process]:
-    try:
-        return [process for process in driver.children(recursive=True) if is_replica(process)]
-    except psutil.NoSuchProcess:
-        return []
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 120.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.1)
-
-
-def test_a_replica_that_dies_again_and_again_ends_the_job(model: Path, tmp_path: Path) -> None:
-    jsonl(tmp_path / "in.jsonl", 20)
-    command = embed_command(model, tmp_path)
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        driver = psutil.Process(process.pid)
-        wait_for(lambda: bool(replicas_of(driver)))
-        while process.poll() is None:
-            for replica in replicas_of(driver):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    replica.kill()
-            time.sleep(0.2)
-        printed, told = process.communicate(timeout=60)
-    assert (process.returncode, printed) == (1, "")
-    assert told.splitlines()[-1].startswith("error: a replica died")
-
-
-@pytest.mark.parametrize("killed", ["replica", "driver", "interrupt"])
-def test_a_kill_loses_nothing_and_writes_nothing_twice(
-    killed: str, model: Path, tmp_path: Path
-) -> None:
-    """By the command line: kill -9 of one replica of two, or of the driver, or a Ctrl-C."""
-    jsonl(tmp_path / "in.jsonl", 600)
-    output = tmp_path / "out"
-    command = embed_command(model, tmp_path)
-    if killed == "replica":
-        command += ["--min-replicas", "2"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        driver = psutil.Process(process.pid)
-        wait_for(lambda: len(list((output / DONE).glob("[0-9]*.json"))) >= 2)
-        everything = driver.children(recursive=True)
-        if killed == "replica":
-            replicas_of(driver)[0].kill()
-        else:
-            driver.send_signal(signal.SIGKILL if killed == "driver" else signal.SIGINT)
-        printed, _ = process.communicate(timeout=180)
-    assert process.returncode == {"replica": 0, "driver": -9, "interrupt": 130}[killed]
-    # Whoever had a model in memory is gone.
-    wait_for(lambda: not any(is_replica(process) for process in everything))
-    if killed != "replica":
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=180)
-        printed = done.stdout
-        assert 0 < json.loads(printed)["this_run"]["rows"] <= 500
-    assert json.loads(printed)["rows_embedded"] == 600
-    table = table_of(str(output))
-    assert table["id"].to_pylist() == list(range(600))
-    expected = reference(model, [sentence(i) for i in range(600)])
-    assert agreement(table["embedding"], expected) >= 0.9999
-    assert not list(output.rglob(".*"))

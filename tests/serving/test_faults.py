@@ -1,0 +1,136 @@
+"""What a job goes through: kills of its processes and of a node, Ctrl-C, a full disk."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+from raylets import is_replica, kill, raylets
+
+from gem_vllm import cli
+from gem_vllm.serving.manifest import DONE
+from tests.serving.jobs import check_all_rows, embed_command, jsonl, wait_for
+
+
+def replicas_of(driver: psutil.Process) -> list[psutil.Process]:
+    try:
+        return [process for process in driver.children(recursive=True) if is_replica(process)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def finished_shards(output: Path) -> int:
+    return len(list((output / DONE).glob("[0-9]*.json")))
+
+
+def test_a_replica_that_dies_again_and_again_ends_the_job(model: Path, tmp_path: Path) -> None:
+    jsonl(tmp_path / "in.jsonl", 20)
+    command = embed_command(model, tmp_path)
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        driver = psutil.Process(process.pid)
+        wait_for(lambda: bool(replicas_of(driver)))
+        while process.poll() is None:
+            kill(replicas_of(driver))
+            time.sleep(0.2)
+        printed, told = process.communicate(timeout=60)
+    assert (process.returncode, printed) == (1, "")
+    assert told.splitlines()[-1].startswith("error: a replica died")
+
+
+@pytest.mark.parametrize("killed", ["replica", "driver", "interrupt"])
+def test_a_kill_loses_nothing_and_writes_nothing_twice(
+    killed: str, model: Path, tmp_path: Path
+) -> None:
+    """By the command line: kill -9 of one replica of two, or of the driver, or a Ctrl-C."""
+    jsonl(tmp_path / "in.jsonl", 600)
+    output = tmp_path / "out"
+    command = embed_command(model, tmp_path)
+    if killed == "replica":
+        command += ["--min-replicas", "2"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        driver = psutil.Process(process.pid)
+        wait_for(lambda: finished_shards(output) >= 2)
+        everything = driver.children(recursive=True)
+        if killed == "replica":
+            replicas_of(driver)[0].kill()
+        else:
+            driver.send_signal(signal.SIGKILL if killed == "driver" else signal.SIGINT)
+        printed, _ = process.communicate(timeout=180)
+    assert process.returncode == {"replica": 0, "driver": -9, "interrupt": 130}[killed]
+    # Whoever had a model in memory is gone.
+    wait_for(lambda: not any(is_replica(process) for process in everything))
+    if killed != "replica":
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=180)
+        printed = done.stdout
+        assert 0 < json.loads(printed)["this_run"]["rows"] <= 500
+    assert json.loads(printed)["rows_embedded"] == 600
+    check_all_rows(model, output, 600)
+
+
+def test_a_node_that_is_killed_costs_nothing(model: Path, tmp_path: Path) -> None:
+    """A node with one of two replicas: the other one does all, without a second command."""
+    jsonl(tmp_path / "in.jsonl", 1500)
+    with raylets(2) as nodes:
+        command = [*embed_command(model, tmp_path), "--ray-address", nodes.address]
+        command += ["--min-replicas", "2", "--cpus-per-replica", "1"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            wait_for(lambda: finished_shards(tmp_path / "out") >= 4)
+            nodes.kill_node(0)
+            printed, _ = process.communicate(timeout=180)
+        wait_for(lambda: not nodes.replicas())
+    assert (process.returncode, json.loads(printed)["rows_embedded"]) == (0, 1500)
+    check_all_rows(model, tmp_path / "out", 1500)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """An empty file system of 150 KiB."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=150k", "gem-test", str(folder)]
+    done = subprocess.run(mount, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"no file system of its own to be had: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_full_disk_ends_the_job_and_space_finishes_it(
+    model: Path,
+    tmp_path: Path,
+    small_disk: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    jsonl(tmp_path / "in.jsonl", 600)
+    monkeypatch.setattr("sys.argv", embed_command(model, tmp_path)[2:])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert (stop.value.code, len(told)) == (1, 1)
+    assert f"{small_disk} cannot be written" in told[0]
+    assert "No space left on device" in told[0]
+    finished = finished_shards(small_disk)
+    assert 0 < finished < 12
+    # Each as a whole, with what the marker says it has.
+    for marker in (small_disk / DONE).glob("[0-9]*.json"):
+        part = pq.read_table(small_disk / f"part-{marker.stem}.parquet")
+        assert len(part) == json.loads(marker.read_text())["rows"] == 50
+
+    subprocess.run(["mount", "-o", "remount,size=4m", str(small_disk)], check=True)
+    with contextlib.suppress(SystemExit):
+        cli.main()
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["this_run"]["rows"] == 600 - 50 * finished
+    check_all_rows(model, small_disk, 600)

@@ -1,0 +1,72 @@
+"""Replicas of a job: as many as there is work for, several workers to a model, their metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+import pytest
+import ray
+
+from gem_vllm.serving.job import run_embed_job
+from gem_vllm.serving.options import EmbedOptions
+from tests.serving.jobs import REPLICAS, check_all_rows, jsonl, wait_for
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+
+def options_of(model: Path, folder: Path, rows: int, rows_per_shard: int) -> EmbedOptions:
+    return EmbedOptions(
+        model=model,
+        input=str(jsonl(folder / "in.jsonl", rows)),
+        output=str(folder / "out"),
+        id_column="id",
+        rows_per_shard=rows_per_shard,
+    )
+
+
+def test_a_second_replica_is_started_where_there_is_work(model: Path, tmp_path: Path) -> None:
+    reports: list[dict[str, Any]] = []
+    summary = run_embed_job(
+        options_of(model, tmp_path, 24_000, 200),
+        replace(REPLICAS, min_replicas=1, max_replicas=2),
+        reports.append,
+    )
+    replicas = [report["replicas"] for report in reports]
+    assert (replicas[0], max(replicas)) == (1, 2)
+    assert summary["rows_embedded"] == 24_000
+
+
+def test_two_workers_share_a_replicas_model(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = tiny_checkpoint("llama", k=2, num_attention_heads=4, num_key_value_heads=2)
+    options = options_of(model, tmp_path, 200, 50)
+    summary = run_embed_job(options, replace(REPLICAS, tensor_parallel=2))
+    assert summary["rows_embedded"] == 200
+    check_all_rows(model, Path(options.output), 200)
+
+
+def test_a_replicas_work_is_in_rays_metrics(model: Path, tmp_path: Path) -> None:
+    options = options_of(model, tmp_path, 4000, 50)
+    (node,) = (node for node in ray.nodes() if node["Alive"])
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+
+    def metrics() -> dict[str, float]:
+        with urlopen(url) as answer:
+            lines = answer.read().decode().splitlines()
+        of_job = [line for line in lines if f'output="{options.output}"' in line]
+        return {line.split("{")[0]: float(line.rsplit(" ", 1)[1]) for line in of_job}
+
+    with ThreadPoolExecutor(1) as thread:
+        job = thread.submit(run_embed_job, options, REPLICAS)
+        wait_for(lambda: bool(metrics()) or job.done())
+        found = metrics()
+        job.result()
+    assert set(found) == {f"ray_gem_job_{name}_total" for name in ("rows", "embedded", "tokens")}
+    assert 0 < found["ray_gem_job_embedded_total"] <= found["ray_gem_job_rows_total"] <= 4000
+    assert found["ray_gem_job_tokens_total"] > found["ray_gem_job_rows_total"]
