@@ -28,7 +28,8 @@ class Raylets:
         )
         self._nodes: list[Any] = []
         for _ in range(nodes):
-            self.add_node()
+            self.add_node(wait=False)
+        self._cluster.wait_for_nodes()
 
     @property
     def address(self) -> str:
@@ -40,9 +41,9 @@ class Raylets:
         """Nodes that live, without the head."""
         return len(self._nodes)
 
-    def add_node(self) -> None:
-        """One more, with one core."""
-        self._nodes.append(self._cluster.add_node(num_cpus=1))
+    def add_node(self, wait: bool = True) -> None:
+        """One more, with one core; without ``wait``, soon."""
+        self._nodes.append(self._cluster.add_node(num_cpus=1, wait=wait))
 
     def kill_node(self, index: int) -> None:
         """kill -9 of a node's raylet, its agents and all its workers."""

@@ -87,6 +87,8 @@ def _chunks(
 ) -> Iterator[Chunk]:
     """What ``batches``, of which the first begins with row ``at``, have of the rows."""
     for batch in batches:
+        if missing := types.keys() - set(batch.schema.names):
+            raise pa.ArrowInvalid(f"it has no column '{min(missing)}'")
         for low in range(max(start - at, 0), min(stop - at, len(batch)), CHUNK_ROWS):
             part = batch.slice(low, min(CHUNK_ROWS, stop - at - low))
             yield Chunk(at + low, {n: part.column(n).cast(t) for n, t in types.items()})

@@ -7,7 +7,7 @@ is a row with a problem, not one that is missing.
 from __future__ import annotations
 
 import csv
-import gzip
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -60,6 +60,8 @@ FORMATS = {
 }
 # What `datasets` keeps beside the Arrow files of a data set.
 NO_DATA = ("dataset_info.json", "state.json", "dataset_dict.json")
+# Errors of a stream that ends too early or is no gzip, and the like: of the file, not of a row.
+BROKEN_FILE = (OSError, EOFError, zlib.error, pa.ArrowException, csv.Error)
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ def column_types(files: Sequence[InputFile], names: Sequence[str]) -> dict[str, 
     first = files[0]
     try:
         have = first.format.types(first.url)
-    except (OSError, pa.ArrowException, csv.Error) as error:
+    except BROKEN_FILE as error:
         raise GemError(f"{first.url} cannot be read: {first_line(error)}") from error
     for name in names:
         if name not in have:
@@ -149,8 +151,11 @@ def column_types(files: Sequence[InputFile], names: Sequence[str]) -> dict[str, 
 
 
 def count_rows(file: InputFile) -> int:
-    """Rows of a file, bad ones included."""
-    return file.format.count(file.url)
+    """Rows of a file, bad ones included; GemError for a file that ends too early, or is no such."""
+    try:
+        return file.format.count(file.url)
+    except BROKEN_FILE as error:
+        raise GemError(f"{file.url} cannot be read: {first_line(error)}") from error
 
 
 def read_rows(
@@ -181,7 +186,3 @@ def _is_data(relative: str) -> bool:
 
 def _is_glob(spec: str) -> bool:
     return any(c in spec for c in "*?[")
-
-
-# Errors of a stream that ends too early or is no gzip: of the file, not of a row.
-BROKEN_FILE = (OSError, EOFError, gzip.BadGzipFile, pa.ArrowException, csv.Error)

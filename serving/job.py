@@ -17,8 +17,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import ray
 
+from gem_vllm.errors import GemError
 from gem_vllm.serving.errors import JobError
-from gem_vllm.serving.inputs import column_types, count_rows, list_files
+from gem_vllm.serving.inputs import InputFile, column_types, count_rows, list_files
 from gem_vllm.serving.manifest import (
     DONE,
     SUMMARY,
@@ -72,7 +73,7 @@ def run_embed_job(
     with ray_cluster(replicas):
 
         def new_plan() -> Plan:
-            rows = ray.get([ray.remote(count_rows).remote(file) for file in files])
+            rows = _count(files)
             chosen = options.rows_per_shard or min(
                 max(sum(rows) // (SHARDS_PER_REPLICA * replicas.max_replicas), SHARD_ROWS[0]),
                 SHARD_ROWS[1],
@@ -85,7 +86,7 @@ def run_embed_job(
         rows_before = sum(counts["rows"] for counts in done.values())
         pending = [shard for shard in plan.shards if shard.index not in done]
         now = {"rows": 0, "tokens": 0}
-        # An engine that is at work is in its calls' number of last shards; one that died is not.
+        # Who is at work is among these; who has died is soon not.
         latest: deque[str] = deque(maxlen=2 * CALLS_IN_FLIGHT * replicas.max_replicas)
         for counts in _write(pending, plan, options, replicas, types) if pending else ():
             latest.append(counts["replica"])
@@ -106,6 +107,17 @@ def run_embed_job(
     summary["this_run"] = {**now, "seconds": round(time.monotonic() - start, 3)}
     output.write_json(SUMMARY, summary)
     return summary
+
+
+def _count(files: list[InputFile]) -> list[int]:
+    """Rows of each file, by tasks of the cluster."""
+    try:
+        return ray.get([ray.remote(count_rows).remote(file) for file in files])
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, GemError):
+            # Without the traceback, which is in the text of Ray's own.
+            raise error.cause from None
+        raise
 
 
 def _write(

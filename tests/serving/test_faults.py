@@ -79,17 +79,17 @@ def test_a_kill_loses_nothing_and_writes_nothing_twice(
 
 def test_a_node_that_is_killed_costs_nothing(model: Path, tmp_path: Path) -> None:
     """A node with one of two replicas: the other one does all, without a second command."""
-    jsonl(tmp_path / "in.jsonl", 1500)
+    jsonl(tmp_path / "in.jsonl", 600)
     with raylets(2) as nodes:
         command = [*embed_command(model, tmp_path), "--ray-address", nodes.address]
         command += ["--min-replicas", "2", "--cpus-per-replica", "1"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            wait_for(lambda: finished_shards(tmp_path / "out") >= 4)
+            wait_for(lambda: finished_shards(tmp_path / "out") >= 1)
             nodes.kill_node(0)
             printed, _ = process.communicate(timeout=180)
         wait_for(lambda: not nodes.replicas())
-    assert (process.returncode, json.loads(printed)["rows_embedded"]) == (0, 1500)
-    check_all_rows(model, tmp_path / "out", 1500)
+    assert (process.returncode, json.loads(printed)["rows_embedded"]) == (0, 600)
+    check_all_rows(model, tmp_path / "out", 600)
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     if done.returncode:
         pytest.skip(f"no file system of its own to be had: {done.stderr.strip()}")
     yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 @pytest.mark.usefixtures("cluster")

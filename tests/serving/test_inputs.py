@@ -15,7 +15,7 @@ from datasets import Dataset
 
 from gem_vllm.errors import GemError
 from gem_vllm.serving.columnar import CHUNK_ROWS, Chunk
-from gem_vllm.serving.inputs import column_types, count_rows, list_files, read_rows
+from gem_vllm.serving.inputs import BROKEN_FILE, column_types, count_rows, list_files, read_rows
 from gem_vllm.serving.lines import SAMPLED_ROWS
 
 
@@ -103,6 +103,26 @@ def test_a_file_that_is_no_arrow_stream_is_refused(content: str, tmp_path: Path)
             writer.write_table(table)
     with pytest.raises(GemError, match=r"in.arrow cannot be read: it is not an Arrow stream"):
         column_types(list_files(str(path)), ["text"])
+
+
+@pytest.mark.parametrize("numbered", ["arrow", "jsonl.gz", "csv.gz", "txt.gz"], indirect=True)
+@pytest.mark.parametrize("damage", ["ends too early", "is overwritten"])
+def test_a_file_that_is_damaged_is_refused(numbered: Path, damage: str) -> None:
+    (file,) = list_files(str(numbered))
+    data = numbered.read_bytes()
+    cut = data[:-200] if damage == "ends too early" else data[:600] + bytes(400) + data[1000:]
+    if damage == "is overwritten" and file.format.name == "arrow":
+        cut = b"\1" * len(data)
+    numbered.write_bytes(cut)
+    with pytest.raises(GemError, match=f"{numbered.name} cannot be read"):
+        count_rows(file)
+
+
+@pytest.mark.parametrize("numbered", ["parquet", "arrow"], indirect=True)
+def test_a_file_without_a_column_that_the_first_has(numbered: Path) -> None:
+    (file,) = list_files(str(numbered))
+    with pytest.raises(BROKEN_FILE, match="it has no column 'm'"):
+        list(read_rows(file, 0, 10, {"text": pa.string(), "m": pa.int64()}, "text"))
 
 
 def test_bad_json_lines_are_rows_with_problems(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -114,6 +115,16 @@ def test_the_first_bad_row_ends_a_job_that_may_not_have_any(model: Path, tmp_pat
     with pytest.raises(JobError, match=r"in.txt row 1: the text is empty. Mend the row"):
         run_embed_job(options, REPLICAS)
     assert not list(Path(options.output).glob("part-*"))
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_file_that_ends_too_early_is_refused_at_the_start(model: Path, tmp_path: Path) -> None:
+    data = gzip.compress(b"a river\n" * 1000)
+    (tmp_path / "in.txt.gz").write_bytes(data[:-10])
+    options = EmbedOptions(model=model, input=str(tmp_path), output=str(tmp_path / "out"))
+    with pytest.raises(GemError, match=r"^\S*in.txt.gz cannot be read: [^\n]*$"):
+        run_embed_job(options, REPLICAS)
+    assert not Path(options.output).exists()
 
 
 @pytest.mark.usefixtures("cluster")

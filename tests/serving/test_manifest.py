@@ -74,9 +74,9 @@ def test_files_are_written_whole_or_not_at_all(url: str, tmp_path: Path) -> None
     folder = OutputFolder(url.format(tmp=tmp_path, name=tmp_path.name))
     folder.write_json("part-00003.parquet", "rows")
     folder.write_json(f"{DONE}/00003.json", {"rows": 1})
-    with contextlib.suppress(InterruptedError), folder.writing(f"{DONE}/00004.json") as path:
+    with contextlib.suppress(KeyboardInterrupt), folder.writing(f"{DONE}/00004.json") as path:
         Path(path).write_text("{")
-        raise InterruptedError
+        raise KeyboardInterrupt
     assert folder.finished() == {3: {"rows": 1}}
     left = folder.fs.ls(f"{folder.path}/{DONE}", detail=False)
     assert [name.rsplit("/", 1)[-1] for name in left] == ["00003.json"]
