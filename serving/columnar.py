@@ -1,4 +1,7 @@
-"""Formats of columns: Parquet, and the Arrow streams that Hugging Face's `datasets` keeps."""
+"""Formats of columns: Parquet, and the Arrow streams that Hugging Face's `datasets` keeps.
+
+Their readers are called as those of `lines`, but treat the column with the text as any other.
+"""
 
 from __future__ import annotations
 
