@@ -217,7 +217,6 @@ def run_fault(
         "exit_codes": runs,
         "seconds": round(seconds, 1),
         "cosine": check(bench, output, rows),
-        "driver_mib": driver_memory(run),
         "commit": bench.commit,
     }
 
