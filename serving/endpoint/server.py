@@ -8,6 +8,8 @@ its routes are vLLM's.
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
@@ -16,6 +18,8 @@ from ray.serve.llm.deployment import LLMServer
 
 from gem_vllm.serving.endpoint.engine import GemEngine
 from gem_vllm.serving.endpoint.messages import ForwardedRequest, ResponseStart
+
+logger = logging.getLogger(__name__)
 
 # What a stream produces meanwhile is sent on together, as Ray's own server does.
 STREAM_INTERVAL_S = 0.05
@@ -46,11 +50,22 @@ class GemServer(LLMServer):
         task = asyncio.create_task(exchange.run(self._app))
         try:
             async for part in exchange.parts():
+                self._exit_with_engine()
                 yield part
         finally:
             exchange.gone.set()
             await asyncio.wait([task], timeout=ABORT_GRACE_S)
             task.cancel()
+
+    def _exit_with_engine(self) -> None:
+        """End this process if its engine is dead, as `vllm serve` does.
+
+        What it was working on is lost either way. So the ingress gives it to another replica at
+        once, and Serve starts a new one, instead of sending requests here until a health check.
+        """
+        if getattr(self._app.state.server, "should_exit", False):
+            logger.error("the engine is dead; this replica ends")
+            os._exit(1)
 
 
 class _Exchange:

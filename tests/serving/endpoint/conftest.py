@@ -1,0 +1,136 @@
+"""`gem-vllm serve` as a process of its own, on a tiny model with a long context."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+
+START_SECONDS = 300
+# A tiny model is too quick for tests of what happens in the middle of an answer: they ask for
+# more tokens than it can give in a minute.
+CONTEXT = 16384
+LONG = CONTEXT - 384
+ENGINE = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "kv_cache_memory_bytes": 1 << 29,
+    "max_model_len": CONTEXT,
+    "max_num_batched_tokens": 512,
+}
+
+
+@dataclass
+class Endpoint:
+    """A running endpoint.
+
+    Attributes:
+        url: without a path.
+        process: `gem-vllm serve`.
+        log: what it prints.
+        key: an API key that it lets in.
+    """
+
+    url: str
+    process: psutil.Popen
+    log: Path
+    key: str | None = None
+
+    def http(self, **options: Any) -> httpx.Client:
+        """A client with the key."""
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=120, **options)
+
+    def post(self, route: str, **body: Any) -> httpx.Response:
+        with self.http() as client:
+            return client.post(route, json={"model": "gem", **body})
+
+    def openai(self, **options: Any) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.key or "none", **options)
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of a metric's samples that have these labels, over all processes."""
+        with self.http() as client:
+            lines = client.get("/metrics").text.splitlines()
+        return sum(
+            float(line.rpartition(" ")[2])
+            for line in lines
+            if line.startswith(f"{name}{{")
+            and all(f'{label}="{value}"' in line for label, value in labels.items())
+        )
+
+    def replicas(self) -> list[psutil.Process]:
+        """The processes of the engines' replicas."""
+        return [p for p in self.process.children(recursive=True) if ":GemServer:" in title(p)]
+
+
+def title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:  # gone, or a zombie
+        return ""
+
+
+def wait_until(condition: Callable[[], Any], what: str, seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited in vain: {what}"
+        time.sleep(0.3)
+
+
+@contextlib.contextmanager
+def running_endpoint(
+    model: Path, log: Path, *options: str, key: str | None = None
+) -> Iterator[Endpoint]:
+    """`gem-vllm serve MODEL OPTIONS` until the block ends; nothing of it is left then."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        *(sys.executable, "-m", "gem_vllm.cli", "serve", str(model), "--port", str(port)),
+        *("--served-model-name", "gem", "--engine", json.dumps(ENGINE), *options),
+    ]
+    # Metrics soon enough for a test to wait for; by default Ray takes ten seconds.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_metrics_report_interval_ms": "500"}
+    with log.open("wb") as out:
+        process = psutil.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+    endpoint = Endpoint(f"http://127.0.0.1:{port}", process, log, key)
+    try:
+        wait_until(lambda: _is_up(endpoint), "the endpoint comes up", START_SECONDS)
+        yield endpoint
+    finally:
+        children = process.children(recursive=True) if process.is_running() else []
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=60)
+        for leftover in [process, *children]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                leftover.kill()
+
+
+def _is_up(endpoint: Endpoint) -> bool:
+    told = endpoint.log.read_text()
+    assert endpoint.process.poll() is None, f"gem-vllm serve ended:\n{told[-3000:]}"
+    return "\nserving " in told
+
+
+@pytest.fixture(scope="session")
+def model(tiny_checkpoint: Callable[..., Path]) -> Path:
+    return tiny_checkpoint("llama", k=2, max_position_embeddings=CONTEXT)

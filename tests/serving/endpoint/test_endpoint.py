@@ -1,0 +1,301 @@
+"""`gem-vllm serve` with two replicas of a tiny model: routes, keys, limits, queue, draining."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+import torch
+
+from gem_vllm.reference import ReferenceEmbedder
+from gem_vllm.serving.endpoint.keys import new_key
+from gem_vllm.tokens import load_tokenizer
+from tests.serving.endpoint.conftest import LONG, Endpoint, running_endpoint, wait_until
+
+WORKING, QUEUED = 6, 4
+TIMEOUT = 20.0
+MAX_INPUTS = 16
+TEXTS = ["A library keeps books and maps.", "Bread is made from flour.", "1969"]
+CHAT = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+@pytest.fixture(scope="module")
+def endpoint(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
+    folder = tmp_path_factory.mktemp("endpoint")
+    key = new_key(folder / "keys", "tests")
+    options = {
+        "min-replicas": 2,
+        "ingress-replicas": 1,
+        "max-ongoing-requests": WORKING,
+        "max-queued-requests": QUEUED,
+        "request-timeout": TIMEOUT,
+        "max-inputs": MAX_INPUTS,
+        "max-body-mb": 0.25,
+        "api-keys": folder / "keys",
+    }
+    flat = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+    with running_endpoint(model, folder / "log", *flat, key=key) as endpoint:
+        yield endpoint
+
+
+def test_embeddings_are_the_references(endpoint: Endpoint, model: Path) -> None:
+    answer = endpoint.post("/v1/embeddings", input=TEXTS)
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["content-type"] == "application/json"
+    have = torch.tensor([entry["embedding"] for entry in answer.json()["data"]])
+    tokenizer = load_tokenizer(model)
+    expected = ReferenceEmbedder(model).embed([tokenizer(text)["input_ids"] for text in TEXTS])
+    cosines = torch.nn.functional.cosine_similarity(have.double(), expected.double())
+    assert cosines.min() >= 0.9999
+    assert answer.json()["usage"]["prompt_tokens"] == sum(
+        len(tokenizer(text)["input_ids"]) for text in TEXTS
+    )
+
+
+@pytest.mark.parametrize(
+    ("route", "body"),
+    [
+        ("/v1/chat/completions", {"messages": CHAT, "max_tokens": 3}),
+        ("/v1/completions", {"prompt": "The river", "max_tokens": 3}),
+        ("/v1/responses", {"input": "Hello", "max_output_tokens": 16}),
+        ("/v2/embed", {"texts": TEXTS, "embedding_types": ["float"]}),
+        ("/pooling", {"input": TEXTS, "task": "embed"}),
+        ("/score", {"text_1": TEXTS[0], "text_2": TEXTS[1:]}),
+        ("/rerank", {"query": TEXTS[0], "documents": TEXTS[1:]}),
+        ("/tokenize", {"prompt": "The river"}),
+    ],
+)
+def test_a_replica_answers_on_every_route_of_vllm(
+    route: str, body: dict[str, Any], endpoint: Endpoint
+) -> None:
+    answer = endpoint.post(route, **body)
+    assert answer.status_code == 200, answer.text
+
+
+def test_what_is_wrong_is_said_as_vllm_says_it(endpoint: Endpoint) -> None:
+    assert "does not exist" in endpoint.post("/v1/embeddings", model="no", input="a").text
+    for answer, status, message in (
+        (endpoint.post("/v1/embeddings", input=""), 400, "at least one character"),
+        (endpoint.post("/v1/embeddings", input="a <|gem_0|>"), 400, "reserved GEM token"),
+        (endpoint.post("/v1/completions", prompt="a", max_tokens=-1), 400, "max_tokens"),
+        (endpoint.post("/v1/nothing"), 404, "Not Found"),
+    ):
+        assert answer.status_code == status, answer.text
+        assert message in answer.text
+    with endpoint.http() as client:
+        answer = client.post(
+            "/v1/embeddings", content=b"{torn", headers={"Content-Type": "application/json"}
+        )
+        assert answer.status_code == 400
+        assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["gem"]
+
+
+def test_the_openai_client_embeds_chats_and_streams_at_once(endpoint: Endpoint) -> None:
+    client = endpoint.openai(max_retries=0)
+
+    def stream() -> str:
+        chunks = client.chat.completions.create(
+            model="gem", messages=CHAT, max_tokens=40, temperature=0, stream=True
+        )
+        return "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+
+    def chat() -> str:
+        answer = client.chat.completions.create(
+            model="gem", messages=CHAT, max_tokens=40, temperature=0
+        )
+        return answer.choices[0].message.content
+
+    def embed() -> int:
+        return len(client.embeddings.create(model="gem", input=TEXTS[0]).data[0].embedding)
+
+    with ThreadPoolExecutor(9) as pool:
+        futures = [pool.submit(task) for task in (stream, chat, embed) * 3]
+        streams, chats, sizes = (
+            {future.result() for future in futures[kind::3]} for kind in range(3)
+        )
+    assert sizes == {64}
+    assert streams == chats
+    assert len(streams) == 1
+
+
+def test_every_route_that_computes_wants_a_key(endpoint: Endpoint) -> None:
+    for headers in ({}, {"Authorization": "Bearer gem-no"}, {"Authorization": endpoint.key}):
+        with httpx.Client(base_url=endpoint.url, headers=headers) as client:
+            for route in ("/v1/embeddings", "/v1/chat/completions", "/tokenize", "/anything"):
+                answer = client.post(route, json={"model": "gem", "input": "a"})
+                assert answer.status_code == 401
+                assert answer.headers["www-authenticate"] == "Bearer"
+                assert answer.json()["error"]["type"] == "authentication_error"
+            assert client.get("/health").json() == {"replicas": 2}
+            assert client.get("/metrics").status_code == 200
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=f"{endpoint.url}/v1", api_key="gem-no").models.list()
+
+
+def test_a_request_may_only_be_so_large(endpoint: Endpoint) -> None:
+    answer = endpoint.post("/v1/embeddings", input=["a"] * (MAX_INPUTS + 1))
+    assert answer.status_code == 400
+    assert f"has {MAX_INPUTS + 1} inputs; at most {MAX_INPUTS}" in answer.json()["error"]["message"]
+    assert endpoint.post("/v1/embeddings", input=["a"] * MAX_INPUTS).status_code == 200
+    body = json.dumps({"model": "gem", "input": "a" * (1 << 18)}).encode()
+    with endpoint.http() as client:
+        for content in (body, iter([body[:1000], body[1000:]])):
+            answer = client.post("/v1/embeddings", content=content)
+            assert answer.status_code == 413
+            assert "larger than 262144 bytes" in answer.json()["error"]["message"]
+
+
+def test_what_takes_too_long_is_ended(endpoint: Endpoint) -> None:
+    def complete(stream: bool) -> httpx.Response:
+        return endpoint.post(
+            "/v1/completions", prompt="a", max_tokens=LONG, ignore_eos=True, stream=stream
+        )
+
+    start = time.monotonic()
+    with ThreadPoolExecutor(2) as pool:
+        whole, streamed = pool.map(complete, (False, True))
+    assert time.monotonic() - start < TIMEOUT + 10
+    assert whole.status_code == 504
+    assert whole.headers["retry-after"] == "1"
+    assert "took longer than 20 s" in whole.json()["error"]["message"]
+    assert streamed.status_code == 200
+    *_, error, done = (line for line in streamed.text.splitlines() if line)
+    assert "took longer than 20 s" in json.loads(error.removeprefix("data: "))["error"]["message"]
+    assert done == "data: [DONE]"
+
+
+def test_embedding_a_text_and_asking_about_it_meet_in_one_cache(endpoint: Endpoint) -> None:
+    """Ten texts; by chance alone, half of the questions would come to the other replica."""
+    texts = [" ".join(f"{word}{i}" for word in ["river", "bread"] * 40) for i in range(10)]
+    before = endpoint.metric("ray_vllm_prefix_cache_hits_total")
+    for text in texts:
+        assert endpoint.post("/v1/embeddings", input=text).status_code == 200
+    tokens = 0
+    for text in texts:
+        answer = endpoint.post("/v1/completions", prompt=f"{text} Why?", max_tokens=1)
+        tokens += answer.json()["usage"]["prompt_tokens"]
+    wait_until(
+        lambda: endpoint.metric("ray_vllm_prefix_cache_hits_total") - before > 0.8 * tokens,
+        "the questions' texts are found in the prefix cache",
+        30,
+    )
+
+
+def test_a_client_that_hangs_up_leaves_nothing_running(endpoint: Endpoint) -> None:
+    def hang_up(n: int) -> None:
+        body = {"model": "gem", "prompt": str(n), "max_tokens": LONG, "ignore_eos": True}
+        with endpoint.http() as client:
+            if n % 2:
+                with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as r:
+                    next(r.iter_lines())
+            else:
+                with pytest.raises(httpx.ReadTimeout):
+                    client.post("/v1/completions", json=body, timeout=1.0)
+
+    gone = endpoint.metric("ray_gem_requests_total", task="generate", code="499")
+    with ThreadPoolExecutor(WORKING) as pool:
+        list(pool.map(hang_up, range(WORKING)))
+    last = time.monotonic()
+    wait_until(
+        lambda: (
+            endpoint.metric("ray_gem_requests_total", task="generate", code="499") == gone + WORKING
+        ),
+        "the ingress knows that they have gone",
+    )
+    steps = [endpoint.metric("ray_gem_steps_total"), -1.0]
+    while steps[-1] != steps[-2]:
+        time.sleep(1.5)
+        steps.append(endpoint.metric("ray_gem_steps_total"))
+        # Well before the time that a request has here, and the minute that the answers would take.
+        assert time.monotonic() - last < TIMEOUT / 2, f"the engines go on: {steps}"
+
+
+def test_above_the_queue_the_answer_is_429_at_once(endpoint: Endpoint) -> None:
+    capacity = 2 * WORKING + QUEUED
+
+    def complete(n: int) -> tuple[int, str | None, float]:
+        start = time.monotonic()
+        answer = endpoint.post("/v1/completions", prompt=str(n), max_tokens=400, ignore_eos=True)
+        return answer.status_code, answer.headers.get("retry-after"), time.monotonic() - start
+
+    with ThreadPoolExecutor(3 * capacity) as pool:
+        answers = list(pool.map(complete, range(3 * capacity)))
+    refused = [seconds for status, _, seconds in answers if status == 429]
+    assert {status for status, _, _ in answers} == {200, 429}
+    assert all(retry == "1" for status, retry, _ in answers if status == 429)
+    assert len(refused) >= capacity
+    slowest = max(seconds for status, _, seconds in answers if status == 200)
+    assert max(refused) < slowest / 2
+
+
+def test_the_metrics_count_by_task(endpoint: Endpoint) -> None:
+    text = CHAT[0]["content"]
+    body = {"model": "gem", "prompt": text, "max_tokens": 400, "ignore_eos": True, "stream": True}
+    with endpoint.http() as client, client.stream("POST", "/v1/completions", json=body) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        # To the same replica, by their text, and into the steps of the answer.
+        for _ in range(5):
+            assert endpoint.post("/v1/embeddings", input=text).status_code == 200
+        list(lines)
+
+    def counted() -> bool:
+        return all(
+            (
+                endpoint.metric("ray_gem_requests_total", task="embed", code="200") > 0,
+                endpoint.metric("ray_gem_requests_total", task="generate", code="429") > 0,
+                endpoint.metric("ray_gem_requests_total", task="generate", code="499") > 0,
+                endpoint.metric("ray_gem_requests_total", task="generate", code="504") >= 2,
+                endpoint.metric("ray_gem_request_seconds_count", task="embed") > 0,
+                endpoint.metric("ray_gem_queue_seconds_count", task="embed") > 0,
+                endpoint.metric("ray_gem_latency_seconds_count", task="generate") > 0,
+                endpoint.metric("ray_gem_prompt_tokens_total", task="embed") > 0,
+                endpoint.metric("ray_gem_generation_tokens_total") > 0,
+                endpoint.metric("ray_gem_steps_total", kind="mixed") > 0,
+            )
+        )
+
+    wait_until(counted, "all that happened is in /metrics", 30)
+
+
+def test_an_endpoint_that_is_to_stop_answers_what_it_has_taken(endpoint: Endpoint) -> None:
+    """The last test of the module: it ends the endpoint."""
+    everything = endpoint.process.children(recursive=True)
+    statuses: list[int] = []
+
+    def stream(n: int) -> str:
+        body = {"model": "gem", "prompt": str(n), "max_tokens": 600, "ignore_eos": True}
+        with (
+            endpoint.http() as client,
+            client.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer,
+        ):
+            statuses.append(answer.status_code)
+            return "".join(answer.iter_text())
+
+    with ThreadPoolExecutor(WORKING) as pool:
+        streams = [pool.submit(stream, n) for n in range(WORKING)]
+        wait_until(lambda: len(statuses) == WORKING, "the streams have begun")
+        endpoint.process.send_signal(signal.SIGTERM)
+        wait_until(
+            lambda: endpoint.post("/v1/embeddings", input="a").status_code == 503,
+            "new requests are refused",
+        )
+        refused = endpoint.post("/v1/embeddings", input="a")
+        assert (refused.headers["retry-after"], refused.headers["connection"]) == ("1", "close")
+        with endpoint.http() as client:
+            assert client.get("/health").status_code == 503
+        for future in streams:
+            assert future.result().rstrip().endswith("data: [DONE]")
+    assert endpoint.process.wait(timeout=60) == 0
+    assert endpoint.log.read_text().splitlines()[-1] == "stopped"
+    _, alive = psutil.wait_procs(everything, timeout=10)
+    assert not alive

@@ -1,0 +1,248 @@
+"""`gem-vllm serve` under load: lost replicas, an update, too many requests, clients that leave."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import psutil
+import pytest
+import ray
+import yaml
+from ray import serve
+
+from gem_vllm.serving.endpoint.options import APP_NAME, EndpointOptions
+from tests.serving.endpoint.conftest import (
+    ENGINE,
+    LONG,
+    Endpoint,
+    running_endpoint,
+    title,
+    wait_until,
+)
+
+pytestmark = pytest.mark.slow
+
+WORKING, QUEUED = 8, 4
+
+
+@contextmanager
+def load(client: Callable[[], openai.OpenAI], threads: int = 6) -> Iterator[list[Any]]:
+    """Embeddings and chats by the official client, with its own retries, until the block ends.
+
+    Yields a list to which every answer is added: its seconds, or the error that the client raised.
+    """
+    results: list[Any] = []
+    stop = threading.Event()
+    numbers = itertools.count()
+
+    def work(own: openai.OpenAI) -> None:
+        while not stop.is_set():
+            n, start = next(numbers), time.monotonic()
+            try:
+                if n % 2:
+                    own.embeddings.create(model="gem", input=f"text {n} about a river")
+                else:
+                    own.chat.completions.create(
+                        model="gem",
+                        messages=[{"role": "user", "content": f"Question {n}?"}],
+                        max_tokens=30,
+                    )
+                results.append(time.monotonic() - start)
+            except openai.OpenAIError as error:
+                results.append(error)
+
+    workers = [threading.Thread(target=work, args=(client(),)) for _ in range(threads)]
+    for worker in workers:
+        worker.start()
+    try:
+        yield results
+    finally:
+        stop.set()
+        for worker in workers:
+            worker.join()
+
+
+def failures(results: list[Any]) -> list[Any]:
+    return [result for result in results if isinstance(result, Exception)]
+
+
+@pytest.fixture(scope="module")
+def endpoint(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
+    options = {
+        "min-replicas": 2,
+        "max-ongoing-requests": WORKING,
+        "max-queued-requests": QUEUED,
+        "ingress-replicas": 1,
+    }
+    flat = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+    log = tmp_path_factory.mktemp("endpoint") / "log"
+    with running_endpoint(model, log, *flat) as endpoint:
+        yield endpoint
+
+
+def replicas_alive(endpoint: Endpoint) -> int:
+    with endpoint.http() as client:
+        answer = client.get("/health")
+    return int(answer.json()["replicas"]) if answer.status_code == 200 else 0
+
+
+@pytest.mark.parametrize("killed", ["engine", "replica"])
+def test_a_replica_is_lost_and_no_client_sees_it(killed: str, endpoint: Endpoint) -> None:
+    wait_until(lambda: replicas_alive(endpoint) == 2, "both replicas run", 120)
+    with load(endpoint.openai) as results:
+        wait_until(lambda: len(results) > 30, "the load is on")
+        replica = endpoint.replicas()[0]
+        below = replica.children(recursive=True)
+        victim = replica
+        if killed == "engine":
+            victim = next(process for process in below if "EngineCore" in title(process))
+        victim.kill()
+        served = len(results)
+        wait_until(lambda: len(results) > served + 60, "the other replica answers")
+        wait_until(lambda: replica.pid not in {r.pid for r in endpoint.replicas()}, "it is gone")
+        wait_until(lambda: replicas_alive(endpoint) == 2, "there is a new one", 120)
+    assert not failures(results), failures(results)[:3]
+    _, alive = psutil.wait_procs([replica, *below], timeout=30)
+    assert not alive, "what the lost replica had started is gone too"
+
+
+def test_five_times_too_much_does_not_slow_what_is_taken(endpoint: Endpoint) -> None:
+    wait_until(lambda: replicas_alive(endpoint) == 2, "both replicas run", 120)
+
+    async def clients(count: int, seconds: float) -> tuple[list[float], list[float]]:
+        """Seconds of answers with 200, and of those with 429, of so many clients in a loop."""
+        taken: list[float] = []
+        refused: list[float] = []
+        limits = httpx.Limits(max_connections=count)
+        async with httpx.AsyncClient(base_url=endpoint.url, timeout=60, limits=limits) as client:
+            end = time.monotonic() + seconds
+
+            async def one(n: int) -> None:
+                while (start := time.monotonic()) < end:
+                    body = {"model": "gem", "prompt": f"{n}", "max_tokens": 60, "ignore_eos": True}
+                    answer = await client.post("/v1/completions", json=body)
+                    times = {200: taken, 429: refused}[answer.status_code]
+                    times.append(time.monotonic() - start)
+                    if answer.status_code == 429:
+                        await asyncio.sleep(float(answer.headers["retry-after"]))
+
+            await asyncio.gather(*(one(n) for n in range(count)))
+        return taken, refused
+
+    capacity = 2 * WORKING
+    at_capacity, _ = asyncio.run(clients(capacity, 10))
+    taken, refused = asyncio.run(clients(5 * capacity, 15))
+    assert len(refused) > 2 * capacity
+    # What is taken waits behind a queue of this length at most.
+    bound = (capacity + QUEUED) / capacity
+    assert np.median(taken) < 1.5 * bound * np.median(at_capacity)
+    assert np.percentile(taken, 95) < 2 * bound * np.percentile(at_capacity, 95)
+    assert np.median(refused) < np.median(taken) / 2
+
+
+def test_a_thousand_clients_that_leave_take_their_requests_along(endpoint: Endpoint) -> None:
+    wait_until(lambda: replicas_alive(endpoint) == 2, "both replicas run", 120)
+    at_once = 2 * WORKING
+
+    async def leave() -> None:
+        turns = asyncio.Semaphore(at_once)
+        limits = httpx.Limits(max_connections=at_once, max_keepalive_connections=0)
+
+        async def one(client: httpx.AsyncClient, n: int) -> None:
+            body = {"prompt": f"{n}", "max_tokens": LONG, "ignore_eos": True, "stream": True}
+            status = 0
+            while status != 200:
+                async with (
+                    turns,
+                    client.stream("POST", "/v1/completions", json={"model": "gem", **body}) as r,
+                ):
+                    status = r.status_code
+                    assert status in (200, 429)
+                    await anext(aiter(r.aiter_lines()))
+
+        async with httpx.AsyncClient(base_url=endpoint.url, timeout=60, limits=limits) as client:
+            await asyncio.gather(*(one(client, n) for n in range(1000)))
+
+    asyncio.run(leave())
+    steps = [endpoint.metric("ray_gem_steps_total"), -1.0]
+    deadline = time.monotonic() + 30
+    while steps[-1] != steps[-2]:
+        assert time.monotonic() < deadline, f"the engines go on: {steps}"
+        time.sleep(1.5)
+        steps.append(endpoint.metric("ray_gem_steps_total"))
+    # Whoever had left something behind would have no room for these.
+    with load(endpoint.openai, threads=at_once) as results:
+        wait_until(lambda: len(results) > 4 * at_once, "the replicas answer")
+    assert not failures(results)
+
+
+def test_an_update_to_another_checkpoint_is_seen_by_no_client(
+    model: Path, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """By Ray's own `serve deploy`, with the file that --print-config gives."""
+    other = tiny_checkpoint("llama", k=3, max_position_embeddings=16384, seed=7)
+    host, port = "127.0.0.1", 18473
+
+    def deploy(checkpoint: Path) -> None:
+        options = EndpointOptions(
+            checkpoint,
+            served_model_name="gem",
+            min_replicas=2,
+            max_replicas=2,
+            engine=ENGINE,
+        )
+        file = tmp_path / "serve.yaml"
+        file.write_text(yaml.safe_dump(options.serve_config(host, port)))
+        command = [str(Path(sys.executable).with_name("serve")), "deploy", str(file)]
+        subprocess.run(
+            [*command, "--address", f"http://{dashboard}"], check=True, stdout=subprocess.DEVNULL
+        )
+
+    def root() -> str:
+        answer = httpx.get(f"http://{host}:{port}/v1/models", timeout=30)
+        return answer.json()["data"][0]["root"] if answer.status_code == 200 else ""
+
+    def settled(checkpoint: Path) -> bool:
+        application = serve.status().applications[APP_NAME]
+        return application.status.value == "RUNNING" and root() == str(checkpoint)
+
+    def embedding() -> int:
+        client = openai.OpenAI(base_url=f"http://{host}:{port}/v1", api_key="none")
+        return len(client.embeddings.create(model="gem", input="a").data[0].embedding)
+
+    dashboard = ray.init(num_cpus=2, include_dashboard=True, log_to_driver=False).dashboard_url
+    try:
+        deploy(model)
+        wait_until(
+            lambda: APP_NAME in serve.status().applications and settled(model), "it is up", 240
+        )
+        with load(
+            lambda: openai.OpenAI(base_url=f"http://{host}:{port}/v1", api_key="none")
+        ) as results:
+            wait_until(lambda: len(results) > 20, "the load is on")
+            deploy(other)
+            wait_until(lambda: root() == str(other), "the new one answers", 240)
+            wait_until(
+                lambda: settled(other) and all(root() == str(other) for _ in range(10)),
+                "the old one is gone",
+                240,
+            )
+            served = len(results)
+            wait_until(lambda: len(results) > served + 20, "the new one goes on")
+        assert not failures(results), failures(results)[:3]
+        assert embedding() == 64
+    finally:
+        serve.shutdown()
+        ray.shutdown()

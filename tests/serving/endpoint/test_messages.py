@@ -1,0 +1,104 @@
+"""What the ingress reads out of a request: its task, how much it asks for, and where it belongs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from gem_vllm.serving.endpoint.messages import (
+    Headers,
+    ResponseStart,
+    count_inputs,
+    parse_body,
+    routing_text,
+    task_of,
+)
+
+
+@pytest.mark.parametrize(
+    ("path", "task"),
+    [
+        ("/v1/embeddings", "embed"),
+        ("/rerank", "embed"),
+        ("/v1/chat/completions", "generate"),
+        ("/v1/responses", "generate"),
+        ("/v1/models", "other"),
+        ("/v1/embeddings/x", "other"),
+    ],
+)
+def test_the_task_is_the_routes(path: str, task: str) -> None:
+    assert task_of(path) == task
+
+
+@pytest.mark.parametrize(
+    ("body", "count"),
+    [
+        ({"input": "a text"}, 1),
+        ({"input": ["a", "b", "c"]}, 3),
+        ({"input": [1, 2, 3]}, 1),
+        ({"input": [[1, 2], [3]]}, 2),
+        ({"input": []}, 1),
+        ({"prompt": ["a", "b"]}, 2),
+        ({"query": "q", "documents": ["a", "b", "c"]}, 3),
+        ({"text_1": "a", "text_2": ["b", "c"]}, 2),
+        ({"messages": [{"role": "user", "content": "a"}] * 9}, 1),
+        ({}, 1),
+    ],
+)
+def test_inputs_are_counted(body: dict[str, Any], count: int) -> None:
+    assert count_inputs(body) == count
+
+
+DOCUMENT = "A library keeps books and maps."
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"input": DOCUMENT},
+        {"input": [DOCUMENT]},
+        {"prompt": DOCUMENT},
+        {"messages": [{"role": "user", "content": DOCUMENT}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": DOCUMENT}]}]},
+        {"input": [{"role": "user", "content": DOCUMENT}]},
+        {"texts": [DOCUMENT]},
+    ],
+)
+def test_a_text_has_one_place_whatever_is_asked_of_it(body: dict[str, Any]) -> None:
+    assert routing_text(body) == DOCUMENT
+
+
+def test_the_text_of_a_chat_begins_with_its_beginning() -> None:
+    messages = [
+        {"role": "system", "content": "Be brief. "},
+        {"role": "user", "content": [{"type": "image_url"}, {"type": "text", "text": "Why?"}]},
+        {"role": "assistant", "content": None},
+    ]
+    assert routing_text({"messages": messages}) == "Be brief. Why?"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [{}, {"input": ["a", "b"]}, {"input": [1, 2]}, {"input": ""}, {"input": 3}, {"messages": None}],
+)
+def test_what_has_no_single_text_has_no_place(body: dict[str, Any]) -> None:
+    assert routing_text(body) is None
+
+
+def test_a_body_that_is_no_json_object_is_left_to_vllm() -> None:
+    assert parse_body(b'{"a": 1}') == {"a": 1}
+    for body in (b"{torn", b"[1]", b"\xff", b'"a"'):
+        assert parse_body(body) is None
+
+
+@pytest.mark.parametrize(
+    ("headers", "streamed"),
+    [
+        ([(b"content-type", b"text/event-stream; charset=utf-8")], True),
+        ([(b"content-type", b"application/json")], False),
+        ([], False),
+    ],
+)
+def test_a_stream_is_known_by_its_type(headers: Headers, streamed: bool) -> None:
+    assert ResponseStart(200, headers, b"").streamed is streamed
