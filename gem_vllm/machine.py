@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 CPUINFO = Path("/proc/cpuinfo")
@@ -26,6 +27,11 @@ def serve_environment() -> dict[str, str]:
     if openmp.is_file():
         env["LD_PRELOAD"] = ":".join(filter(None, (str(openmp), env.get("LD_PRELOAD"))))
     return env
+
+
+def is_cpu_build() -> bool:
+    """Whether the vLLM that is installed runs on CPUs, whatever this machine has."""
+    return version("vllm").endswith("+cpu")
 
 
 def has_cuda() -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 import ray
 
 from gem_vllm.errors import GemError
-from gem_vllm.machine import serve_dtype, serve_environment
+from gem_vllm.machine import is_cpu_build, serve_dtype, serve_environment
 from gem_vllm.serving.options import ReplicaOptions
 
 # While one call of an actor waits for its last rows, the next one's are with the engine.
@@ -114,7 +114,8 @@ def engine_needs(
         }
     # The engine in the actor's own process: it ends when the actor is killed.
     environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
-    if cluster.get("GPU"):
+    # Not by the GPUs that there are: nodes with GPUs may join when there is work for them.
+    if not is_cpu_build():
         return (replicas.cpus or 1, replicas.tensor_parallel), environment, engine
     engine.setdefault("dtype", serve_dtype())
     served = serve_environment()

@@ -48,7 +48,7 @@ def take_step_counts(stats: SchedulerStats) -> dict[str, int]:
 
 
 def task_of(request: FinishedRequestStats) -> str:
-    """ "embed" or "generate": only what generates has a limit of tokens, by itself or by default."""
+    """The task of a finished request: only what generates has a limit of tokens, if by default."""
     return "embed" if request.max_tokens_param is None else "generate"
 
 

@@ -76,9 +76,8 @@ class EndpointOptions:
         """Raise GemError, in one line, for what cannot work."""
         embedding_size(self.model)
         self.replicas().check()
-        for name in ("model", "served_model_name"):
-            if name in self.engine:
-                raise GemError(f"the engine's options have '{name}'; it has an option of its own")
+        if "served_model_name" in self.engine:
+            raise GemError("--engine has 'served_model_name'; give it as --served-model-name")
         for name in (
             "target_ongoing_requests",
             "ingress_replicas",

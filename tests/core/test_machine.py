@@ -29,3 +29,11 @@ def test_vllm_gets_every_core(monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine.serve_environment()["VLLM_CPU_OMP_THREADS_BIND"] == "1,3"
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0")
     assert machine.serve_environment()["VLLM_CPU_OMP_THREADS_BIND"] == "0"
+
+
+@pytest.mark.parametrize(("version", "cpu"), [("0.32.0+cpu", True), ("0.32.0", False)])
+def test_the_build_says_what_vllm_runs_on(
+    version: str, cpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "version", lambda name: version)
+    assert machine.is_cpu_build() is cpu

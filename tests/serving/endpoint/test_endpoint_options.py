@@ -54,7 +54,7 @@ def test_a_config_file_with_a_mistake_is_refused(args: dict[str, Any], message: 
         ({"min_replicas": 3}, "give 1 or more, and no more than the second"),
         ({"max_ongoing_requests": 0}, "max_ongoing_requests is 0; it must be above 0"),
         ({"request_timeout_s": -1.0}, "request_timeout_s is -1; it must be above 0"),
-        ({"engine": {"served_model_name": "x"}}, "'served_model_name'; it has an option"),
+        ({"engine": {"served_model_name": "x"}}, "give it as --served-model-name"),
         ({"api_keys": Path("no-keys")}, "API keys no-keys cannot be read"),
     ],
 )

@@ -1,0 +1,96 @@
+"""`gem-vllm serve` and `gem-vllm key` at their door: what is refused, and what is printed."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gem_vllm import cli
+from gem_vllm.serving.endpoint.keys import ApiKeys
+
+
+@pytest.fixture
+def run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Run a command; exit code, standard output, standard error."""
+
+    def run_command(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["gem-vllm", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        printed = capsys.readouterr()
+        return int(stop.value.code or 0), printed.out, printed.err
+
+    return run_command
+
+
+@pytest.fixture
+def model(tiny_checkpoint: Callable[..., Path]) -> Path:
+    return tiny_checkpoint("llama", k=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--min-replicas", "0"], "give 1 or more"),
+        (["--cpus-per-replica", "0.5"], "--cpus-per-replica is 0.5"),
+        (["--max-queued-requests", "0"], "max_queued_requests is 0; it must be above 0"),
+        (["--request-timeout", "-1"], "request_timeout_s is -1"),
+        (["--engine", "{torn"], "--engine is not JSON"),
+        (["--engine", '{"model": "x"}'], "--engine names a model"),
+        (["--api-keys", "nowhere"], "nowhere cannot be read"),
+        (["--port", "70000"], "--port 70000 cannot be used"),
+        (["--host", "198.51.100.1"], "--host 198.51.100.1 --port 8000 cannot be used"),
+    ],
+)
+def test_what_cannot_work_is_refused_at_once(
+    arguments: list[str], message: str, model: Path, run: Callable[..., tuple[int, str, str]]
+) -> None:
+    code, out, err = run("serve", model, *arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert message in err
+
+
+def test_a_model_that_is_none_is_refused(
+    tmp_path: Path,
+    tiny_base: Callable[..., Path],
+    run: Callable[..., tuple[int, str, str]],
+) -> None:
+    for model in (tmp_path / "missing", tiny_base("llama")):
+        code, _, err = run("serve", model)
+        assert code == 2
+        assert str(model) in err
+
+
+def test_a_port_that_is_taken_is_refused(
+    model: Path, run: Callable[..., tuple[int, str, str]]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, _, err = run("serve", model, "--port", port)
+    assert code == 2
+    assert f"--port {port} cannot be used" in err
+
+
+def test_the_config_is_printed_for_serve_deploy(
+    model: Path, run: Callable[..., tuple[int, str, str]]
+) -> None:
+    code, out, err = run("serve", model, "--max-replicas", 4, "--print-config")
+    assert (code, err) == (0, "")
+    (application,) = yaml.safe_load(out)["applications"]
+    assert application["args"]["model"] == str(model)
+    assert application["args"]["max_replicas"] == 4
+
+
+def test_a_key_is_printed_once(tmp_path: Path, run: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, _ = run("key", tmp_path / "keys", "search")
+    assert code == 0
+    assert ApiKeys.read(tmp_path / "keys").name_of(out.strip()) == "search"
+    code, out, err = run("key", tmp_path / "keys", "search")
+    assert (code, out) == (2, "")
+    assert "has a key search already" in err
