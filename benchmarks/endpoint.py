@@ -1,6 +1,6 @@
 """`gem-vllm serve` against bare `vllm serve`, and under a load that swings between its two tasks.
 
-    python benchmarks/endpoint.py --checkpoint DIR                  # about 25 minutes, 2 cores
+    python benchmarks/endpoint.py --checkpoint DIR                  # about 30 minutes, 2 cores
     python benchmarks/endpoint.py --checkpoint DIR --only swing     # a part of it
 
 The parts are `embed`, `chat`, `stream` and `swing`. A part that is run puts its figures in the
@@ -47,11 +47,10 @@ from gem_vllm.machine import serve_dtype
 PARTS = (*TASK_NAMES, "swing")
 IN_FLIGHT = (32, 256)
 MAX_TOKENS = 16
-# A turn's requests are so many that bare vLLM takes about so long, and at least so many rounds of
-# all that are in flight: what is cut off at both ends of a turn then counts little.
-TURN_SECONDS, TURN_WAVES = 6.0, 2
+# A turn has as many requests as bare vLLM answers in so long, but all that are in flight at least.
+TURN_SECONDS = 8.0
 # Of a phase of the swing, on one core.
-SWING_SECONDS = 16.0
+SWING_SECONDS = 24.0
 SWING_IN_FLIGHT = 32
 # As `vllm serve` does on a CPU, but without the prefix cache: every text is computed.
 ENGINE_OPTIONS: dict[str, Any] = {
@@ -87,7 +86,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--checkpoint", type=Path, required=True, help="a GEM checkpoint")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="these parts")
-    parser.add_argument("--rounds", type=int, default=5, help="the servers take turns this often")
+    parser.add_argument("--rounds", type=int, default=3, help="the servers take turns this often")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     return parser.parse_args()
 
@@ -138,18 +137,17 @@ class Part:
             "serve": self.start("gem-vllm serve", gem_vllm_serve),
         }
         idle = {server.name: idle_cores([server]) for server in servers.values()}
-        figures: dict[str, dict[str, Any]] = {}
-        for in_flight in IN_FLIGHT:
-            # The first turn of each is to warm up, and vLLM's says how much a turn should be.
-            first = {
-                name: self.turn([server], [self.load(server, self.name, 2 * in_flight, in_flight)])
-                for name, server in servers.items()
-            }
-            waves = round(TURN_SECONDS * 2 / first["vllm"].seconds)
-            figures[str(in_flight)] = {
-                "amount": max(TURN_WAVES, waves) * in_flight,
+        # The first turn of each is to warm up, the second of vLLM says how much a turn should be.
+        few = min(IN_FLIGHT)
+        for server in (*servers.values(), servers["vllm"]):
+            seconds = self.turn([server], [self.load(server, self.name, few, few)]).seconds
+        figures = {
+            str(in_flight): {
+                "amount": max(1, round(TURN_SECONDS / seconds * few / in_flight)) * in_flight,
                 **{name: {"seconds": [], "first_token": []} for name in servers},
             }
+            for in_flight in IN_FLIGHT
+        }
         for round_ in range(self.args.rounds):
             for in_flight, figure in figures.items():
                 for name in servers if round_ % 2 == 0 else reversed(servers):
@@ -173,7 +171,7 @@ class Part:
         # The first turn of each is to warm up, and the halves' say how much a phase should be.
         per_second = {}
         for task, half, name in (("embed", embed, "embed 30"), ("chat", chat, "generate")):
-            amount = 4 * SWING_IN_FLIGHT
+            amount = SWING_IN_FLIGHT
             for server in (both, half, half):
                 seconds = self.turn([server], [self.load(server, task, amount)]).seconds
             per_second[name] = amount / seconds
