@@ -2,10 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo test test-full lint format clean
 
 help:  ## list the commands
-	@grep -E '^[a-z]+: .*##|^[a-z]+:  ##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 10
+	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  ##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 10
 
 setup:  ## make .venv, with the CUDA or the CPU build of vLLM
 	@$(PYTHON) tools/setup_env.py
@@ -20,6 +20,9 @@ lint: setup  ## ruff and mypy
 
 test: lint  ## lint, then the tests
 	$(BIN)/pytest
+
+test-full: lint  ## lint, then all tests, those too that take minutes each
+	$(BIN)/pytest -m "not gpu"
 
 format: setup  ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .

@@ -8,7 +8,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
-from gem_vllm.serving.endpoint.ingress import Ingress, Limits
+from gem_vllm.serving.endpoint.ingress import RETRY_AFTER_S, Ingress, Limits
 from gem_vllm.serving.endpoint.options import EndpointOptions
 from gem_vllm.serving.pool import engine_needs
 
@@ -41,6 +41,8 @@ def build(options: EndpointOptions) -> Application:
         num_replicas=options.ingress_replicas,
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=_all_requests(options),
+        max_queued_requests=options.max_queued_requests,
+        backpressure_config={"status_code": 429, "retry_after_s": RETRY_AFTER_S},
         graceful_shutdown_timeout_s=stop_s,
         # It needs no room of its own: a new one is there before an old one goes.
         max_surge_percent=100,
@@ -52,7 +54,10 @@ def build(options: EndpointOptions) -> Application:
 
 
 def _all_requests(options: EndpointOptions) -> int:
-    """More than the replicas work on and queue: what is above that must reach the ingress' 429."""
+    """More than the replicas work on and queue: what is above that reaches an ingress for its 429.
+
+    A flood beyond even that is answered with 429 by Serve's proxy.
+    """
     return 2 * (options.max_replicas * options.max_ongoing_requests + options.max_queued_requests)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from ray import serve
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
@@ -30,8 +30,10 @@ from gem_vllm.serving.endpoint.messages import (
 logger = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 1
-HEALTH_SECONDS = 2.0
-# Answered without a key: they say how the endpoint is, and compute nothing.
+HEALTH_SECONDS = 5.0
+METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
+# Answered without a key, as OPTIONS is (a browser asks with it, and sends none): they compute
+# nothing.
 OPEN_PATHS = {"/health", "/ping", "/version", "/metrics"}
 # Of one connection (RFC 9110, 7.6.1), or meant for the ingress alone.
 _DROPPED_HEADERS = {
@@ -141,23 +143,27 @@ class Ingress:
 
     @api.get("/health")
     async def health(self) -> Response:
-        """200 while requests are taken and there is an engine to answer them."""
+        """200 while requests are taken and a replica passes the controller's health checks."""
         if self._draining:
             return Refused(503, "The endpoint is shutting down.").response()
-        replicas = await self._replicas.broadcast("check_health").results_async(
-            timeout_s=HEALTH_SECONDS, return_exceptions=True
-        )
-        alive = sum(not isinstance(result, BaseException) for result in replicas)
-        if not alive:
+        try:
+            async with asyncio.timeout(HEALTH_SECONDS):
+                status = await asyncio.to_thread(serve.status)
+        except (TimeoutError, RayError) as error:
+            return Refused(503, f"Ray Serve does not answer: {error}").response()
+        application = status.applications[self._replicas.app_name]
+        states = application.deployments[self._replicas.deployment_name].replica_states
+        running = states.get("RUNNING", 0)
+        if not running:
             return Refused(503, "No replica is running.").response()
-        return JSONResponse({"replicas": alive})
+        return JSONResponse({"replicas": running})
 
     @api.get("/metrics")
     async def show_metrics(self) -> Response:
         """What all nodes of the cluster export of this endpoint and its engines."""
         return Response(await metrics.of_cluster(), media_type="text/plain; version=0.0.4")
 
-    @api.api_route("/{path:path}", methods=["GET", "POST", "DELETE"])
+    @api.api_route("/{path:path}", methods=METHODS)
     async def forward(self, request: Request) -> Response:
         """Every other route: vLLM's, on a replica."""
         try:
@@ -181,7 +187,7 @@ class Ingress:
         return response
 
     def _check_key(self, request: Request) -> None:
-        if self._keys is None or request.url.path in OPEN_PATHS:
+        if self._keys is None or request.url.path in OPEN_PATHS or request.method == "OPTIONS":
             return
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or self._keys.name_of(key.strip()) is None:

@@ -29,6 +29,8 @@ _TASKS = {
         "/inference/v1/generate",
     },
 }
+# Texts that are alike for so long are taken for the same.
+ROUTING_CHARACTERS = 8192
 # Fields that hold what a request is about, the first that is there.
 _CONTENT = ("messages", "prompt", "input", "texts", "documents")
 _LISTS = ("input", "prompt", "texts", "inputs", "documents", "text_2", "data_2", "queries", "items")
@@ -106,7 +108,7 @@ def routing_text(body: Mapping[str, Any]) -> str | None:
     """
     for name in _CONTENT:
         if name in body:
-            return _text(body[name]) or None
+            return _text(body[name])[:ROUTING_CHARACTERS] or None
     return None
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import ray
 from ray.exceptions import RayActorError
 
 # Not from `ray.serve.llm.request_router`, which would have every ingress import vLLM and torch.
@@ -41,24 +40,35 @@ class GemRouter(PrefixCacheAffinityRouter):
     async def _prefix_match_best_replicas(
         self, pending_request: Any, candidate_replicas: list[Any]
     ) -> list[list[Any]]:
-        """Ray's choice; none, which leaves it to the load, where the tree is behind.
+        """The replicas that have most of a text; none, which leaves it to the load, for the rest.
 
-        It may name a replica that is gone (KeyError), or be gone itself with its node.
+        As Ray's, without its waits: they would stop all that the ingress does meanwhile.
         """
-        try:
-            return await super()._prefix_match_best_replicas(pending_request, candidate_replicas)
-        except KeyError:
+        text = self._extract_text_from_request(pending_request)
+        if text is None or self._imbalanced(candidate_replicas):
             return [[]]
+        replicas = {replica.replica_id.to_full_id_str(): replica for replica in candidate_replicas}
+        try:
+            matched, names = await self._tree_actor.prefix_match.remote(text, list(replicas))
+            if len(matched) < self._match_rate_threshold * len(text):
+                names = await self._tree_actor.get_smallest_tenants.remote()
         except RayActorError:
             self._plant_again()
             return [[]]
+        # The tree may know a replica longer than it lives.
+        return [[replicas[name] for name in names or () if name in replicas]]
+
+    def _imbalanced(self, replicas: list[Any]) -> bool:
+        """By the lengths of the replicas' queues, as far as they are known."""
+        lengths = [self._replica_queue_len_cache.get(replica.replica_id) for replica in replicas]
+        known = [length for length in lengths if length is not None]
+        return bool(known) and max(known) - min(known) > self._imbalanced_threshold
 
     def on_request_routed(self, pending_request: Any, replica_id: Any, result: Any) -> None:
-        """Note the text of a request with the replica that got it."""
-        try:
-            super().on_request_routed(pending_request, replica_id, result)
-        except RayActorError:
-            self._plant_again()
+        """Note the text of a request with the replica that got it; nobody waits for it."""
+        text = self._extract_text_from_request(pending_request)
+        if text is not None:
+            self._tree_actor.insert.remote(text, replica_id.to_full_id_str(), time.time())
 
     def update_replicas(self, replicas: list[Any]) -> None:
         """Take up new replicas, and forget those that are gone."""
@@ -75,6 +85,7 @@ class GemRouter(PrefixCacheAffinityRouter):
             self._plant_again()
 
     def _plant_again(self) -> None:
+        """A new tree, in the place of one that was lost with its node."""
         self.initialize_state(**self._options)
         names = [replica.replica_id.to_full_id_str() for replica in self._replicas.values()]
-        ray.get(self._tree_actor.add_tenants.remote(names, time.time()))
+        self._tree_actor.add_tenants.remote(names, time.time())

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,21 +94,37 @@ def wait_until(condition: Callable[[], Any], what: str, seconds: float = 60.0) -
 
 @contextlib.contextmanager
 def running_endpoint(
-    model: Path, log: Path, *options: str, key: str | None = None
+    model: Path,
+    log: Path,
+    *options: str,
+    key: str | None = None,
+    engine: Mapping[str, Any] | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> Iterator[Endpoint]:
-    """`gem-vllm serve MODEL OPTIONS` until the block ends; nothing of it is left then."""
+    """`gem-vllm serve MODEL OPTIONS` until the block ends; nothing of it is left then.
+
+    Args:
+        model: a checkpoint, served as "gem".
+        log: file for what the command prints.
+        options: of the command.
+        key: that the endpoint lets in.
+        engine: options of the engine, besides `ENGINE`.
+        environment: variables, besides this process's.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
         *(sys.executable, "-m", "gem_vllm.cli", "serve", str(model), "--port", str(port)),
-        *("--served-model-name", "gem", "--engine", json.dumps(ENGINE), *options),
+        *("--served-model-name", "gem", "--engine", json.dumps({**ENGINE, **(engine or {})})),
+        *options,
     ]
     # Metrics soon enough for a test to wait for; by default Ray takes ten seconds.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_metrics_report_interval_ms": "500"}
+    own = {"OMP_NUM_THREADS": "1", "RAY_metrics_report_interval_ms": "500"}
+    variables = {**os.environ, **own, **(environment or {})}
     with log.open("wb") as out:
         process = psutil.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            command, stdout=out, stderr=subprocess.STDOUT, env=variables, start_new_session=True
         )
     endpoint = Endpoint(f"http://127.0.0.1:{port}", process, log, key)
     try:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,42 @@ from tests.serving.endpoint.conftest import LONG, Endpoint, running_endpoint, wa
 WORKING, QUEUED = 6, 4
 TIMEOUT = 20.0
 MAX_INPUTS = 16
+PAGE = "http://page.example"
 TEXTS = ["A library keeps books and maps.", "Bread is made from flour.", "1969"]
 CHAT = [{"role": "user", "content": "What is the capital of France?"}]
 
 
+class Collector(ThreadingHTTPServer):
+    """An OpenTelemetry collector that keeps what it is sent."""
+
+    def __init__(self) -> None:
+        received: list[bytes] = []
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                received.append(self.rfile.read(int(self.headers["content-length"])))
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, *args: Any) -> None:
+                """Nothing."""
+
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.received = received
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
 @pytest.fixture(scope="module")
-def endpoint(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
+def collector() -> Iterator[Collector]:
+    with Collector() as collector:
+        yield collector
+        collector.shutdown()
+
+
+@pytest.fixture(scope="module")
+def endpoint(
+    model: Path, collector: Collector, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Endpoint]:
     folder = tmp_path_factory.mktemp("endpoint")
     key = new_key(folder / "keys", "tests")
     options = {
@@ -43,7 +75,18 @@ def endpoint(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         "api-keys": folder / "keys",
     }
     flat = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
-    with running_endpoint(model, folder / "log", *flat, key=key) as endpoint:
+    traces = f"http://127.0.0.1:{collector.server_port}/v1/traces"
+    with running_endpoint(
+        model,
+        folder / "log",
+        *flat,
+        key=key,
+        engine={"otlp_traces_endpoint": traces, "allowed_origins": [PAGE]},
+        environment={
+            "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
+            "OTEL_BSP_SCHEDULE_DELAY": "500",
+        },
+    ) as endpoint:
         yield endpoint
 
 
@@ -139,6 +182,13 @@ def test_every_route_that_computes_wants_a_key(endpoint: Endpoint) -> None:
             assert client.get("/metrics").status_code == 200
     with pytest.raises(openai.AuthenticationError):
         openai.OpenAI(base_url=f"{endpoint.url}/v1", api_key="gem-no").models.list()
+
+
+def test_a_page_in_a_browser_may_ask(endpoint: Endpoint) -> None:
+    headers = {"Origin": PAGE, "Access-Control-Request-Method": "POST"}
+    answer = httpx.options(f"{endpoint.url}/v1/embeddings", headers=headers)
+    assert answer.status_code == 200
+    assert answer.headers["access-control-allow-origin"] == PAGE
 
 
 def test_a_request_may_only_be_so_large(endpoint: Endpoint) -> None:
@@ -265,6 +315,17 @@ def test_the_metrics_count_by_task(endpoint: Endpoint) -> None:
         )
 
     wait_until(counted, "all that happened is in /metrics", 30)
+
+
+def test_a_trace_goes_on_in_the_engine(endpoint: Endpoint, collector: Collector) -> None:
+    trace = bytes(range(1, 17))
+    with endpoint.http() as client:
+        client.post(
+            "/v1/completions",
+            json={"model": "gem", "prompt": "a", "max_tokens": 2},
+            headers={"traceparent": f"00-{trace.hex()}-{'1' * 16}-01"},
+        )
+    wait_until(lambda: any(trace in sent for sent in collector.received), "the span is exported")
 
 
 def test_an_endpoint_that_is_to_stop_answers_what_it_has_taken(endpoint: Endpoint) -> None:
