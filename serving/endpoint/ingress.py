@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from gem_vllm.serving.endpoint.messages import (
 
 logger = logging.getLogger(__name__)
 
-RETRY_AFTER_S = 1
+RETRY_AFTER_S, MAX_RETRY_AFTER_S = 1, 30
 HEALTH_SECONDS = 5.0
 METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 # Answered without a key, as OPTIONS is (a browser asks with it, and sends none): they compute
@@ -87,7 +88,9 @@ class Refused(Exception):
 
 
 def _come_back(status: int, message: str, headers: dict[str, str] | None = None) -> Refused:
-    return Refused(status, message, {"Retry-After": str(RETRY_AFTER_S), **(headers or {})})
+    """A refusal with Retry-After: by then, about as much is done as is being done now."""
+    seconds = min(max(RETRY_AFTER_S, math.ceil(metrics.recent_seconds())), MAX_RETRY_AFTER_S)
+    return Refused(status, message, {"Retry-After": str(seconds), **(headers or {})})
 
 
 class _Relay(StreamingResponse):

@@ -18,13 +18,15 @@ import ray
 from ray.util.metrics import Counter, Gauge, Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gem_vllm.serving.endpoint.messages import task_of
+from gem_vllm.serving.endpoint.messages import OTHER, task_of
 
 logger = logging.getLogger(__name__)
 
 LATENCY_BOUNDARIES = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600]
 SHOWN = ("ray_gem_", "ray_vllm_")
 SCRAPE_SECONDS = 5.0
+# Of one request in the average of the recent ones.
+RECENT_SHARE = 0.05
 
 
 # Key of a request's scope, for a status that its answer could not begin with.
@@ -32,11 +34,22 @@ STATUS = "gem.status"
 CLIENT_GONE = 499
 
 _open: collections.Counter[str] = collections.Counter()
+_seconds = 0.0
 
 
 def open_requests() -> int:
     """Requests that this process has taken and not answered yet."""
     return _open.total()
+
+
+def recent_seconds() -> float:
+    """What a request that was answered took of late, a moving average; 0 before the first."""
+    return _seconds
+
+
+def _note_seconds(seconds: float) -> None:
+    global _seconds
+    _seconds = seconds if not _seconds else _seconds + (seconds - _seconds) * RECENT_SHARE
 
 
 class CountRequests:
@@ -79,7 +92,10 @@ class CountRequests:
         finally:
             self._change(task, -1)
             self._requests.inc(1, {"task": task, "code": str(status)})
-            self._seconds.observe(time.monotonic() - start, {"task": task})
+            seconds = time.monotonic() - start
+            self._seconds.observe(seconds, {"task": task})
+            if status < 400 and task != OTHER:
+                _note_seconds(seconds)
 
     def _change(self, task: str, count: int) -> None:
         _open[task] += count

@@ -215,7 +215,7 @@ def test_what_takes_too_long_is_ended(endpoint: Endpoint) -> None:
         whole, streamed = pool.map(complete, (False, True))
     assert time.monotonic() - start < TIMEOUT + 10
     assert whole.status_code == 504
-    assert whole.headers["retry-after"] == "1"
+    assert int(whole.headers["retry-after"]) >= 1
     assert "took longer than 20 s" in whole.json()["error"]["message"]
     assert streamed.status_code == 200
     *_, error, done = (line for line in streamed.text.splitlines() if line)
@@ -272,16 +272,16 @@ def test_a_client_that_hangs_up_leaves_nothing_running(endpoint: Endpoint) -> No
 def test_above_the_queue_the_answer_is_429_at_once(endpoint: Endpoint) -> None:
     capacity = 2 * WORKING + QUEUED
 
-    def complete(n: int) -> tuple[int, str | None, float]:
+    def complete(n: int) -> tuple[int, str, float]:
         start = time.monotonic()
         answer = endpoint.post("/v1/completions", prompt=str(n), max_tokens=400, ignore_eos=True)
-        return answer.status_code, answer.headers.get("retry-after"), time.monotonic() - start
+        return answer.status_code, answer.headers.get("retry-after", ""), time.monotonic() - start
 
     with ThreadPoolExecutor(3 * capacity) as pool:
         answers = list(pool.map(complete, range(3 * capacity)))
     refused = [seconds for status, _, seconds in answers if status == 429]
     assert {status for status, _, _ in answers} == {200, 429}
-    assert all(retry == "1" for status, retry, _ in answers if status == 429)
+    assert all(1 <= int(retry) <= 30 for status, retry, _ in answers if status == 429)
     assert len(refused) >= capacity
     slowest = max(seconds for status, _, seconds in answers if status == 200)
     assert max(refused) < slowest / 2
@@ -351,7 +351,8 @@ def test_an_endpoint_that_is_to_stop_answers_what_it_has_taken(endpoint: Endpoin
             "new requests are refused",
         )
         refused = endpoint.post("/v1/embeddings", input="a")
-        assert (refused.headers["retry-after"], refused.headers["connection"]) == ("1", "close")
+        assert int(refused.headers["retry-after"]) >= 1
+        assert refused.headers["connection"] == "close"
         with endpoint.http() as client:
             assert client.get("/health").status_code == 503
         for future in streams:
