@@ -50,7 +50,7 @@ MAX_TOKENS = 16
 # A turn has as many requests as bare vLLM answers in so long, but all that are in flight at least.
 TURN_SECONDS = 8.0
 # Of a phase of the swing, on one core.
-SWING_SECONDS = 24.0
+SWING_SECONDS = 16.0
 SWING_IN_FLIGHT = 32
 # As `vllm serve` does on a CPU, but without the prefix cache: every text is computed.
 ENGINE_OPTIONS: dict[str, Any] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -124,7 +125,8 @@ def gem_vllm_serve(
     command = ["gem-vllm", "serve", str(checkpoint), "--engine", json.dumps(dict(options))]
     # Of a short name: Ray's sockets are in there.
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
-        env = {**serve_environment(), "RAY_TMPDIR": folder}
+        # What a replica needs of `serve_environment` it gets by itself.
+        env = {**os.environ, "RAY_TMPDIR": folder}
         with _started("gem-vllm serve", [*command, *arguments], env, log) as server:
             yield server
 
