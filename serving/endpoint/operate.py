@@ -109,7 +109,9 @@ def _start(options: EndpointOptions, host: str, port: int) -> None:
     try:
         serve.run(build(options), name=APP_NAME, route_prefix="/")
     except RuntimeError as error:
-        raise JobError(f"the endpoint could not be brought up: {reason(str(error))}") from error
+        deployments = serve.status().applications[APP_NAME].deployments.values()
+        told = "\n".join([str(error), *(deployment.message for deployment in deployments)])
+        raise JobError(f"the endpoint could not be brought up: {reason(told)}") from error
 
 
 def reason(text: str) -> str:
@@ -127,7 +129,9 @@ def _watch(stop: _Stop, report: Report) -> None:
     stop.orderly = True
     seen = ""
     while not stop.asked.wait(WATCH_SECONDS):
-        application = serve.status().applications[APP_NAME]
+        application = serve.status().applications.get(APP_NAME)
+        if application is None:
+            raise JobError("the application was deleted by somebody else")
         running = {
             name.partition(":")[0]: states.replica_states.get("RUNNING", 0)
             for name, states in application.deployments.items()

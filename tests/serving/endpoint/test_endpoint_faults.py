@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import subprocess
 import sys
 import threading
@@ -186,6 +187,17 @@ def test_a_thousand_clients_that_leave_take_their_requests_along(endpoint: Endpo
     with load(endpoint.openai, threads=at_once) as results:
         wait_until(lambda: len(results) > 4 * at_once, "the replicas answer")
     assert not failures(results)
+
+
+def test_an_engine_that_cannot_start_ends_the_command_with_its_reason(model: Path) -> None:
+    engine = json.dumps({**ENGINE, "pipeline_parallel_size": 2})
+    command = [sys.executable, "-m", "gem_vllm.cli", "serve", str(model), "--port", "18474"]
+    done = subprocess.run(
+        [*command, "--engine", engine], capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 1
+    told = done.stderr.splitlines()[-1]
+    assert told.startswith("error: the endpoint could not be brought up: Pipeline parallelism")
 
 
 def test_more_load_starts_another_replica(model: Path, tmp_path: Path) -> None:
