@@ -29,6 +29,7 @@ from vllm.v1.metrics.stats import (
     SchedulerStats,
 )
 
+STEPS_METRIC = "gem_steps"
 STEP_KINDS = ("embed", "generate", "mixed")
 TASKS = ("embed", "generate")
 SECONDS = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300]
@@ -59,7 +60,7 @@ class _Metrics:
         # vLLM unregisters every collector with "vllm" in its name when an engine starts: these
         # have none, and are made once.
         self.steps = counter(
-            "gem_steps",
+            STEPS_METRIC,
             "Engine steps by kind of the requests in them: embed-only, generate-only or mixed.",
             ["kind", "engine"],
         )
