@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from gem_vllm.serving.errors import JobError
+from gem_vllm.serving.errors import JobError, told_by_validation
 
 STEPS_IN_FLIGHT = 4
 
@@ -204,11 +204,9 @@ class EngineThread:
 
 
 def _reason(error: BaseException) -> str:
-    """In one line; of what pydantic says of vLLM's options, the line that says it."""
+    """In one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = [line for line in lines if line.startswith("Value error, ")]
-    line = (told or lines or [type(error).__name__])[0]
-    return line.removeprefix("Value error, ").split(" [type=value_error")[0]
+    return told_by_validation(lines) or (lines or [type(error).__name__])[0]
 
 
 def _answer(request: _Request, output: Any) -> Answer:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gem_vllm.errors import GemError
+from gem_vllm.commands.on_ray import json_object, require_ray
 
 
 def embed(
@@ -73,12 +73,7 @@ def embed(
     row comes out exactly once. Exits with 2 where the job cannot be begun, with 1 where it could
     not be finished. Prints one JSON object at the end.
     """
-    try:
-        import ray  # noqa: F401
-    except ImportError as error:
-        raise GemError(
-            "gem-vllm embed needs Ray; install it with: pip install 'gem-vllm[ray]'"
-        ) from error
+    require_ray("embed")
     from gem_vllm.demo.processes import terminated_like_interrupted
     from gem_vllm.serving.errors import JobError
     from gem_vllm.serving.job import run_embed_job
@@ -125,17 +120,6 @@ def embed(
 
 def _absolute(path: str) -> str:
     return path if "://" in path or "::" in path else str(Path(path).absolute())
-
-
-def json_object(text: str) -> dict[str, Any]:
-    """The engine's options as `--engine` gives them; GemError if they are no JSON object."""
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise GemError(f"--engine is not JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise GemError('--engine is not a JSON object; give one such as {"max_model_len": 2048}')
-    return value
 
 
 class _Progress:

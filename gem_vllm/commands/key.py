@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from gem_vllm.errors import GemError
+from gem_vllm.commands.on_ray import require_ray
 
 
 def key(
@@ -20,11 +20,8 @@ def key(
     The file gets the key's hash: whoever reads the file does not have the key. An endpoint that is
     running takes it up at once; remove a line to lock its key out.
     """
-    try:
-        from gem_vllm.serving.endpoint.keys import new_key
-    except ImportError as error:
-        raise GemError(
-            "gem-vllm key needs Ray; install it with: pip install 'gem-vllm[ray]'"
-        ) from error
+    require_ray("key")
+    from gem_vllm.serving.endpoint.keys import new_key
+
     typer.echo(new_key(file, name))
     print(f"added to {file}; this is the only time that the key is shown", file=sys.stderr)

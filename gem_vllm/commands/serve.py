@@ -8,8 +8,7 @@ from typing import Annotated
 
 import typer
 
-from gem_vllm.commands.embed import json_object
-from gem_vllm.errors import GemError
+from gem_vllm.commands.on_ray import json_object, require_ray
 
 
 def serve(
@@ -61,12 +60,7 @@ def serve(
     those that it has, and stops. For a cluster that runs without this process, write the file for
     Ray's own `serve deploy` with --print-config.
     """
-    try:
-        import ray  # noqa: F401
-    except ImportError as error:
-        raise GemError(
-            "gem-vllm serve needs Ray; install it with: pip install 'gem-vllm[ray]'"
-        ) from error
+    require_ray("serve")
     from gem_vllm.serving.endpoint.options import EndpointOptions
     from gem_vllm.serving.errors import JobError
 

@@ -18,7 +18,7 @@ from ray.serve.exceptions import RayServeException
 from gem_vllm.errors import GemError
 from gem_vllm.serving.endpoint.application import build
 from gem_vllm.serving.endpoint.options import APP_NAME, EndpointOptions
-from gem_vllm.serving.errors import JobError
+from gem_vllm.serving.errors import JobError, told_by_validation
 from gem_vllm.serving.pool import ray_cluster
 
 WATCH_SECONDS = 2.0
@@ -117,11 +117,8 @@ def _start(options: EndpointOptions, host: str, port: int) -> None:
 def reason(text: str) -> str:
     """The line of Serve's account of a failed start that says why."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    told = [line for line in lines if "Value error, " in line]
-    if told:
-        return told[0].partition("Value error, ")[2].split(" [type=value_error")[0]
     named = [line for line in lines if "Error: " in line]
-    return (named or lines or ["no reason was given"])[-1]
+    return told_by_validation(lines) or (named or lines or ["no reason was given"])[-1]
 
 
 def _watch(stop: _Stop, report: Report) -> None:
