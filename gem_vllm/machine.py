@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 CPUINFO = Path("/proc/cpuinfo")
+_OPENMP = ("libgomp", "libomp", "libiomp")
 
 
 def serve_dtype() -> str:
@@ -25,7 +26,14 @@ def serve_environment() -> dict[str, str]:
     env.setdefault("VLLM_CPU_OMP_THREADS_BIND", cores)
     openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
     if openmp.is_file():
-        env["LD_PRELOAD"] = ":".join(filter(None, (str(openmp), env.get("LD_PRELOAD"))))
+        # In its place: vLLM refuses two, and puts torch's into the environment of a process that
+        # has had an engine, for the processes that it starts.
+        others = (
+            library
+            for library in env.get("LD_PRELOAD", "").replace(" ", ":").split(":")
+            if library and not Path(library).name.startswith(_OPENMP)
+        )
+        env["LD_PRELOAD"] = ":".join((str(openmp), *others))
     return env
 
 

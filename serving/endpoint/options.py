@@ -29,7 +29,8 @@ class EndpointOptions:
         tensor_parallel_size: GPUs, or CPU worker processes, that share a replica's model.
         ingress_replicas: processes that check requests and pass them on.
         max_ongoing_requests: that a replica works on.
-        max_queued_requests: that wait, at each ingress, for a replica; one more gets 429.
+        max_queued_requests: that wait for a replica, or are just being given one, at each ingress;
+            one more gets 429.
         request_timeout_s: of a request, its wait and its answer together.
         max_inputs: texts, prompts or documents in one request.
         max_body_bytes: of a request.

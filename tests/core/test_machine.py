@@ -31,6 +31,17 @@ def test_vllm_gets_every_core(monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine.serve_environment()["VLLM_CPU_OMP_THREADS_BIND"] == "0"
 
 
+def test_one_openmp_is_preloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "has_cuda", lambda: False)
+    monkeypatch.setattr("sys.prefix", str(tmp_path))
+    monkeypatch.setenv("LD_PRELOAD", "/a/libtcmalloc.so:/torch.libs/libgomp-a34.so.1 /b/c.so")
+    assert machine.serve_environment()["LD_PRELOAD"].endswith("libgomp-a34.so.1 /b/c.so")
+    openmp = tmp_path / "lib" / "libiomp5.so"
+    openmp.parent.mkdir()
+    openmp.touch()
+    assert machine.serve_environment()["LD_PRELOAD"] == f"{openmp}:/a/libtcmalloc.so:/b/c.so"
+
+
 @pytest.mark.parametrize(("version", "cpu"), [("0.32.0+cpu", True), ("0.32.0", False)])
 def test_the_build_says_what_vllm_runs_on(
     version: str, cpu: bool, monkeypatch: pytest.MonkeyPatch
