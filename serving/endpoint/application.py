@@ -98,6 +98,8 @@ def _llm_config(options: EndpointOptions, stop_s: float) -> Any:
             "max_queued_requests": options.max_queued_requests,
             "max_constructor_retry_count": START_TRIES,
             "graceful_shutdown_timeout_s": stop_s,
+            # The ingress logs every request.
+            "logging_config": {"enable_access_log": False},
             "request_router_config": RequestRouterConfig(
                 request_router_class=GemRouter, request_router_kwargs=ROUTER_OPTIONS
             ),

@@ -131,7 +131,8 @@ class Ingress:
         self, replicas: DeploymentHandle[Any], limits: Limits, api_keys: Path | None
     ) -> None:
         self._replicas = replicas
-        self._stream = replicas.options(method_name="forward", stream=True)
+        self._whole = replicas.options(method_name="answer")
+        self._stream = replicas.options(method_name="stream", stream=True)
         self._limits = limits
         self._keys = None if api_keys is None else KeyFile(api_keys)
         self._draining = False
@@ -181,7 +182,7 @@ class Ingress:
         forwarded = await self._admit(request)
         deadline = asyncio.get_running_loop().time() + self._limits.request_timeout_s
         parts, first = await self._begin(forwarded, deadline)
-        if first.streamed:
+        if forwarded.streamed and first.streamed:
             body = self._rest(request, first, parts, deadline)
             response: Response = _Relay(body, parts, first.status)
         else:
@@ -227,10 +228,11 @@ class Ingress:
             headers=[*_kept(request.headers.raw), (b"content-length", str(len(body)).encode())],
             body=bytes(body),
             routing_text=None if parsed is None else routing_text(parsed),
+            streamed=parsed is not None and bool(parsed.get("stream")),
         )
 
     async def _begin(self, request: ForwardedRequest, deadline: float) -> tuple[Any, ResponseStart]:
-        """The parts of a replica's answer, and the first of them.
+        """A replica's answer, to be cancelled or gone on with, and the first part of it.
 
         A replica that dies before it has said anything costs its requests a second try, on
         another: what they ask for is computed, and changes nothing.
@@ -245,10 +247,10 @@ class Ingress:
             raise _come_back(503, LOST) from error
 
     async def _try(self, request: ForwardedRequest, deadline: float) -> tuple[Any, ResponseStart]:
-        parts = self._stream.remote(request)
+        parts: Any = (self._stream if request.streamed else self._whole).remote(request)
         try:
             async with asyncio.timeout_at(deadline):
-                return parts, await anext(parts)
+                return parts, await (anext(parts) if request.streamed else parts)
         except BackPressureError as error:
             raise _come_back(429, "All replicas are busy, and the queue is full.") from error
         except TimeoutError as error:

@@ -31,6 +31,8 @@ _TASKS = {
 }
 # Texts that are alike for so long are taken for the same.
 ROUTING_CHARACTERS = 8192
+# A shorter text is computed sooner than it is looked for; it may not even fill a KV block.
+MIN_ROUTING_CHARACTERS = 256
 # Fields that hold what a request is about, the first that is there.
 _CONTENT = ("messages", "prompt", "input", "texts", "documents")
 _LISTS = ("input", "prompt", "texts", "inputs", "documents", "text_2", "data_2", "queries", "items")
@@ -44,6 +46,7 @@ class ForwardedRequest:
         method, path, query, headers, body: of the request; path and query as bytes of the URL.
         routing_text: by whose beginning a replica is chosen that may have it in its prefix cache;
             None for a request that any replica serves as well.
+        streamed: whether it asks for a stream of events.
     """
 
     method: str
@@ -52,6 +55,7 @@ class ForwardedRequest:
     headers: Headers
     body: bytes
     routing_text: str | None
+    streamed: bool
 
 
 @dataclass(frozen=True)
@@ -103,13 +107,12 @@ def routing_text(body: Mapping[str, Any]) -> str | None:
     """The text of a request whose prefix another request may share.
 
     The text of an embedding request and the same text as a prompt, or in the first message of a
-    chat, give the same: they go to the same replica. None for token ids and for several texts,
-    which are better spread.
+    chat, give the same: they go to the same replica. None for token ids, for several texts and for
+    what is shorter than `MIN_ROUTING_CHARACTERS`: those are better spread.
     """
-    for name in _CONTENT:
-        if name in body:
-            return _text(body[name])[:ROUTING_CHARACTERS] or None
-    return None
+    name = next((name for name in _CONTENT if name in body), None)
+    text = "" if name is None else _text(body[name])
+    return text[:ROUTING_CHARACTERS] if len(text) >= MIN_ROUTING_CHARACTERS else None
 
 
 def _text(value: Any) -> str:

@@ -45,7 +45,7 @@ class GemRouter(PrefixCacheAffinityRouter):
         As Ray's, without its waits: they would stop all that the ingress does meanwhile.
         """
         text = self._extract_text_from_request(pending_request)
-        if text is None or self._imbalanced(candidate_replicas):
+        if text is None or len(candidate_replicas) < 2 or self._imbalanced(candidate_replicas):
             return [[]]
         replicas = {replica.replica_id.to_full_id_str(): replica for replica in candidate_replicas}
         try:
@@ -67,7 +67,7 @@ class GemRouter(PrefixCacheAffinityRouter):
     def on_request_routed(self, pending_request: Any, replica_id: Any, result: Any) -> None:
         """Note the text of a request with the replica that got it; nobody waits for it."""
         text = self._extract_text_from_request(pending_request)
-        if text is not None:
+        if text is not None and len(self._replicas) > 1:
             self._tree_actor.insert.remote(text, replica_id.to_full_id_str(), time.time())
 
     def update_replicas(self, replicas: list[Any]) -> None:

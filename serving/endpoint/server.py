@@ -1,8 +1,8 @@
 """A replica: Ray's LLM server, whose engine answers through vLLM's own HTTP application.
 
-Ray's server has a method for each of some routes. This one has one method for all of them: the
-request runs through the application that `vllm serve` runs, so that the protocol, its errors and
-its routes are vLLM's.
+Ray's server has a method for each of some routes. This one has two for all of them, for whole and
+for streamed answers: the request runs through the application that `vllm serve` runs, so that the
+protocol, its errors and its routes are vLLM's.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -40,8 +41,23 @@ class GemServer(LLMServer):
         # Ray's own also starts an actor that reports the model to Ray's usage statistics.
         await self.engine.start()
 
-    async def forward(self, request: ForwardedRequest) -> AsyncIterator[ResponseStart | bytes]:
-        """Answer a request: its start, then the rest of a stream.
+    async def answer(self, request: ForwardedRequest) -> ResponseStart:
+        """Answer a request, with its whole body."""
+        async with self._exchange(request) as exchange:
+            whole, _ = await exchange.begin(wait_for_all=True)
+            self._exit_with_engine()
+            return whole
+
+    async def stream(self, request: ForwardedRequest) -> AsyncIterator[ResponseStart | bytes]:
+        """Answer a request: its start, then, where the answer is a stream, the rest of it."""
+        async with self._exchange(request) as exchange:
+            async for part in exchange.parts():
+                self._exit_with_engine()
+                yield part
+
+    @asynccontextmanager
+    async def _exchange(self, request: ForwardedRequest) -> AsyncIterator[_Exchange]:
+        """A request that vLLM's application answers meanwhile.
 
         A caller that stops listening looks to vLLM like a client that has gone: it aborts the
         request, which frees its KV blocks.
@@ -49,9 +65,7 @@ class GemServer(LLMServer):
         exchange = _Exchange(request)
         task = asyncio.create_task(exchange.run(self._app))
         try:
-            async for part in exchange.parts():
-                self._exit_with_engine()
-                yield part
+            yield exchange
         finally:
             exchange.gone.set()
             await asyncio.wait([task], timeout=ABORT_GRACE_S)
@@ -110,13 +124,18 @@ class _Exchange:
     async def _send(self, message: dict[str, Any]) -> None:
         self._messages.put_nowait(message)
 
-    async def parts(self) -> AsyncIterator[ResponseStart | bytes]:
-        """The answer: its start with the whole body, or with the first part of a stream."""
+    async def begin(self, *, wait_for_all: bool) -> tuple[ResponseStart, bool]:
+        """The answer's start, and whether more will come: only of a stream, unless waited for."""
         message = await self._next()
         headers = [(bytes(name), bytes(value)) for name, value in message["headers"]]
         start = ResponseStart(message["status"], headers, b"")
-        body, more = await self._body(wait_for_all=not start.streamed)
-        yield replace(start, body=body)
+        body, more = await self._body(wait_for_all=wait_for_all or not start.streamed)
+        return replace(start, body=body), more
+
+    async def parts(self) -> AsyncIterator[ResponseStart | bytes]:
+        """The answer: its start with the whole body, or with the first part of a stream."""
+        start, more = await self.begin(wait_for_all=False)
+        yield start
         while more:
             await asyncio.sleep(STREAM_INTERVAL_S)
             body, more = await self._body(wait_for_all=False)

@@ -277,10 +277,12 @@ def test_above_the_queue_the_answer_is_429_at_once(endpoint: Endpoint) -> None:
 
     def complete(n: int) -> tuple[int, str, float]:
         start = time.monotonic()
-        answer = endpoint.post("/v1/completions", prompt=str(n), max_tokens=400, ignore_eos=True)
+        body = {"model": "gem", "prompt": str(n), "max_tokens": 400, "ignore_eos": True}
+        answer = client.post("/v1/completions", json=body)
         return answer.status_code, answer.headers.get("retry-after", ""), time.monotonic() - start
 
-    with ThreadPoolExecutor(3 * capacity) as pool:
+    limits = httpx.Limits(max_connections=3 * capacity)
+    with endpoint.http(limits=limits) as client, ThreadPoolExecutor(3 * capacity) as pool:
         answers = list(pool.map(complete, range(3 * capacity)))
     refused = [seconds for status, _, seconds in answers if status == 429]
     assert {status for status, _, _ in answers} == {200, 429}
@@ -291,7 +293,7 @@ def test_above_the_queue_the_answer_is_429_at_once(endpoint: Endpoint) -> None:
 
 
 def test_the_metrics_count_by_task(endpoint: Endpoint) -> None:
-    text = CHAT[0]["content"]
+    text = CHAT[0]["content"] * 20
     body = {"model": "gem", "prompt": text, "max_tokens": 400, "ignore_eos": True, "stream": True}
     with endpoint.http() as client, client.stream("POST", "/v1/completions", json=body) as answer:
         lines = answer.iter_lines()

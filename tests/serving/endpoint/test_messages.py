@@ -50,7 +50,7 @@ def test_inputs_are_counted(body: dict[str, Any], count: int) -> None:
     assert count_inputs(body) == count
 
 
-DOCUMENT = "A library keeps books and maps."
+DOCUMENT = "A library keeps books and maps. " * 10
 
 
 @pytest.mark.parametrize(
@@ -71,18 +71,26 @@ def test_a_text_has_one_place_whatever_is_asked_of_it(body: dict[str, Any]) -> N
 
 def test_the_text_of_a_chat_begins_with_its_beginning() -> None:
     messages = [
-        {"role": "system", "content": "Be brief. "},
+        {"role": "system", "content": DOCUMENT},
         {"role": "user", "content": [{"type": "image_url"}, {"type": "text", "text": "Why?"}]},
         {"role": "assistant", "content": None},
     ]
-    assert routing_text({"messages": messages}) == "Be brief. Why?"
+    assert routing_text({"messages": messages}) == f"{DOCUMENT}Why?"
 
 
 @pytest.mark.parametrize(
     "body",
-    [{}, {"input": ["a", "b"]}, {"input": [1, 2]}, {"input": ""}, {"input": 3}, {"messages": None}],
+    [
+        {},
+        {"input": [DOCUMENT, DOCUMENT]},
+        {"input": [1, 2]},
+        {"input": ""},
+        {"input": DOCUMENT[:255]},
+        {"input": 3},
+        {"messages": None},
+    ],
 )
-def test_what_has_no_single_text_has_no_place(body: dict[str, Any]) -> None:
+def test_what_has_no_single_long_text_has_no_place(body: dict[str, Any]) -> None:
     assert routing_text(body) is None
 
 
