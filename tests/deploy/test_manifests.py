@@ -12,6 +12,7 @@ import pytest
 from packaging.requirements import Requirement
 from ray.scripts.scripts import cli as ray_command_line
 
+from gem_vllm.serving.endpoint.operate import RAY_SETTINGS
 from tests.deploy.conftest import (
     DEPLOY,
     MANIFESTS,
@@ -119,3 +120,8 @@ def test_the_image_is_built_with_the_extras_vllm() -> None:
     groups = [group for name in MANIFESTS for group in groups_of(load_manifest(name))]
     (image,) = {container_of(group)["image"] for group in groups}
     assert f" -t {image} " in dockerfile
+
+
+def test_the_image_has_the_settings_of_the_command_line() -> None:
+    lines = re.findall(r"^ENV (\w+)=(\S+)$", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE)
+    assert dict(lines) == RAY_SETTINGS
