@@ -41,7 +41,7 @@ def build(options: EndpointOptions) -> Application:
         num_replicas=options.ingress_replicas,
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=_all_requests(options),
-        max_queued_requests=options.max_queued_requests,
+        max_queued_requests=_all_requests(options),
         backpressure_config={"status_code": 429, "retry_after_s": RETRY_AFTER_S},
         graceful_shutdown_timeout_s=stop_s,
         # It needs no room of its own: a new one is there before an old one goes.
@@ -56,7 +56,8 @@ def build(options: EndpointOptions) -> Application:
 def _all_requests(options: EndpointOptions) -> int:
     """More than the replicas work on and queue: what is above that reaches an ingress for its 429.
 
-    A flood beyond even that is answered with 429 by Serve's proxy.
+    A flood beyond even that is answered with 429 by Serve's proxy, whose Retry-After is always a
+    second.
     """
     return 2 * (options.max_replicas * options.max_ongoing_requests + options.max_queued_requests)
 
