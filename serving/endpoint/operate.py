@@ -27,11 +27,13 @@ WATCH_SECONDS = 5.0
 DRAIN_POLL_SECONDS = 0.5
 CALL_SECONDS = 30.0
 # Of a Ray of this endpoint's own, unless the environment has others: no hand-over between threads
-# and loops in proxy, ingress and replicas, gRPC between them; the controller looks around once a
-# second and not ten times; and the engines are not last in the queue for the cores.
+# and loops in proxy, ingress and replicas, gRPC between them, for messages of more than its 4 MiB;
+# the controller looks around once a second and not ten times; and the engines are not last in the
+# queue for the cores.
 RAY_SETTINGS = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0",
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": "2147483647",
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "1",
     "RAY_worker_niceness": "0",
 }
