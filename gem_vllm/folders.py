@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from typing import Any
 
 from gem_vllm.errors import GemConfigError, GemError
 
+_HASH_BYTES = 1 << 22
 _SPARE_BYTES = 32 << 20  # for the tokenizer and the configs
 
 
@@ -32,6 +34,17 @@ def read_json(file: Path) -> dict[str, Any]:
 def write_json(file: Path, value: dict[str, Any]) -> None:
     """Write ``value`` with the keys in its own order."""
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def folder_sha256(folder: Path) -> str:
+    """Of a folder: names and contents of all its files."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode())
+        with path.open("rb") as file:
+            while block := file.read(_HASH_BYTES):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def check_writable(folder: Path, *, weight_bytes: int = 0) -> None:

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import ray
 
 from gem_vllm.errors import GemError
+from gem_vllm.folders import folder_sha256
 from gem_vllm.serving.errors import JobError
 from gem_vllm.serving.inputs import InputFile, column_types, count_rows, list_files
 from gem_vllm.serving.manifest import (
@@ -27,7 +28,6 @@ from gem_vllm.serving.manifest import (
     Plan,
     Shard,
     fingerprint,
-    folder_sha256,
     make_plan,
 )
 from gem_vllm.serving.options import EmbedOptions, ReplicaOptions

@@ -33,7 +33,6 @@ from gem_vllm.serving.inputs import InputFile
 STATE = "_gem"
 PLAN, SUMMARY = f"{STATE}/plan.json", f"{STATE}/summary.json"
 DONE, ERRORS = f"{STATE}/done", f"{STATE}/errors"
-_HASH_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -87,17 +86,6 @@ def fingerprint(files: Sequence[InputFile]) -> str:
     """Of the input: every file's name, size and time of modification (or ETag)."""
     text = json.dumps([asdict(file) for file in files])
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def folder_sha256(folder: Path) -> str:
-    """Of a checkpoint: names and contents of all its files."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        digest.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode())
-        with path.open("rb") as file:
-            while block := file.read(_HASH_BYTES):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 class OutputFolder:
