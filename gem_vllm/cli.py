@@ -9,6 +9,7 @@ import typer
 from gem_vllm.commands.adapter import app as adapter
 from gem_vllm.commands.demo import demo
 from gem_vllm.commands.embed import embed
+from gem_vllm.commands.evaluate import evaluate
 from gem_vllm.commands.fetch import fetch
 from gem_vllm.commands.key import key
 from gem_vllm.commands.serve import serve
@@ -27,6 +28,7 @@ app.add_typer(adapter, name="adapter")
 app.command()(embed)
 app.command()(serve)
 app.command()(key)
+app.command()(evaluate)
 app.command()(demo)
 
 

@@ -31,7 +31,7 @@ MINIMUM_PYTHON = (3, 11)
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 STAMP = VENV / "gem-vllm-setup.json"
-DEFAULT_EXTRAS = ("dev", "ray")
+DEFAULT_EXTRAS = ("dev", "eval", "ray")
 CUDA_ONLY_ON_INDEX = {"torchvision", "torchaudio", "torchcodec"}
 
 

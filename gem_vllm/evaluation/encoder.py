@@ -1,0 +1,168 @@
+"""mteb's encoder protocol over whatever embeds: an engine, a server, or the base's mean pooling."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import httpx
+import numpy as np
+import torch
+from mteb.models.abs_encoder import AbsEncoder, get_prompt_name
+from mteb.models.model_meta import ModelMeta, ScoringFunction
+from tqdm import tqdm
+
+from gem_vllm.errors import GemError
+
+# As much as an engine is given at once, between two moves of the progress bar.
+TEXTS_AT_ONCE = 1024
+REQUEST_TEXTS, REQUEST_SECONDS = 64, 600.0
+# Of mean pooling: padded tokens of a forward pass.
+PASS_TOKENS = 8192
+
+
+class Embedder(Protocol):
+    """What turns texts into vectors; a text that is too long is cut at its end."""
+
+    def embed(self, texts: list[str]) -> np.ndarray:
+        """float32 [n, d] for n texts."""
+        ...
+
+
+class EngineEmbedder:
+    """A GEM checkpoint's engine in this process.
+
+    Args:
+        llm: `vllm.LLM` of the checkpoint.
+    """
+
+    def __init__(self, llm: Any) -> None:
+        self._llm = llm
+
+    def embed(self, texts: list[str]) -> np.ndarray:
+        outputs = self._llm.embed(
+            texts, tokenization_kwargs={"truncate_prompt_tokens": -1}, use_tqdm=False
+        )
+        return np.array([output.outputs.embedding for output in outputs], dtype=np.float32)
+
+
+class ServerEmbedder:
+    """A server with `/v1/embeddings`.
+
+    Args:
+        url: of the server, without `/v1`.
+        model: its name there.
+        api_key: sent as a bearer token.
+    """
+
+    def __init__(self, url: str, model: str, api_key: str | None = None) -> None:
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._client = httpx.Client(base_url=url, timeout=REQUEST_SECONDS, headers=headers)
+        self._url, self._model = url, model
+        self._post(["a text"])
+
+    def embed(self, texts: list[str]) -> np.ndarray:
+        parts = [
+            self._post(texts[start : start + REQUEST_TEXTS])
+            for start in range(0, len(texts), REQUEST_TEXTS)
+        ]
+        return np.array([vector for part in parts for vector in part], dtype=np.float32)
+
+    def _post(self, texts: list[str]) -> list[list[float]]:
+        request = {
+            "model": self._model,
+            "input": texts,
+            "truncate_prompt_tokens": -1,
+            "truncation_side": "right",
+        }
+        try:
+            answer = self._client.post("/v1/embeddings", json=request)
+        except httpx.HTTPError as error:
+            raise GemError(f"--url {self._url} does not answer: {error}") from error
+        if answer.is_error:
+            raise GemError(f"--url {self._url} answered {answer.status_code}: {answer.text[:300]}")
+        data = sorted(answer.json()["data"], key=lambda item: item["index"])
+        return [item["embedding"] for item in data]
+
+
+class MeanEmbedder:
+    """The base as it is: the mean of its last hidden states over a text's tokens, in float32.
+
+    Args:
+        base: folder of the base model.
+        max_length: tokens of a text at most.
+    """
+
+    def __init__(self, base: Path, max_length: int) -> None:
+        from gem_vllm.checkpoint import load_base
+
+        model, self._tokenizer = load_base(base, dtype=torch.float32)
+        self._decoder = model.get_decoder()
+        self._max_length = max_length
+
+    @torch.inference_mode()
+    def embed(self, texts: list[str]) -> np.ndarray:
+        encoded = self._tokenizer(texts, truncation=True, max_length=self._max_length)
+        ids = [torch.tensor(row) for row in encoded["input_ids"]]
+        vectors: dict[int, np.ndarray] = {}
+        order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
+        while order:
+            longest = len(ids[order[-1]])
+            rows = [order.pop() for _ in range(min(len(order), max(1, PASS_TOKENS // longest)))]
+            padded = torch.nn.utils.rnn.pad_sequence([ids[row] for row in rows], batch_first=True)
+            # Behind each text, where no token of it looks: causal attention needs no mask.
+            hidden = self._decoder(padded).last_hidden_state
+            for row, states in zip(rows, hidden, strict=True):
+                vectors[row] = states[: len(ids[row])].mean(dim=0).numpy()
+        return np.stack([vectors[row] for row in range(len(ids))])
+
+
+class GemEncoder(AbsEncoder):
+    """An `Embedder` as mteb wants one; the same text gets the same vector within a run.
+
+    Args:
+        embedder: computes each text once.
+        name, revision: of the model, for the results.
+        prompts: put before a text, by mteb's names for prompts: a task's name or type, `query` or
+            `document`, or both joined with `-`.
+    """
+
+    def __init__(
+        self, embedder: Embedder, name: str, revision: str, prompts: Mapping[str, str] | None = None
+    ) -> None:
+        self.model = embedder
+        self.model_prompts = dict(prompts or {})
+        self.mteb_model_meta = ModelMeta.create_empty(
+            {
+                "name": f"gem-vllm/{name}",
+                "revision": revision,
+                "similarity_fn_name": ScoringFunction.COSINE,
+                "use_instructions": bool(prompts),
+                "modalities": ["text"],
+            }
+        )
+        self._vectors: dict[str, np.ndarray] = {}
+
+    def encode(
+        self,
+        inputs: Iterable[dict[str, Any]],
+        *,
+        task_metadata: Any,
+        hf_split: str,
+        hf_subset: str,
+        prompt_type: Any = None,
+        **kwargs: Any,
+    ) -> np.ndarray:
+        """float32 [n, d] of all texts of a data loader, in order."""
+        key = get_prompt_name(self.model_prompts, task_metadata, prompt_type)
+        prompt = self.model_prompts[key] if key else ""
+        # An engine refuses an empty text; a benchmark may hold one.
+        texts = [prompt + (text or " ") for batch in inputs for text in batch["text"]]
+        new = [text for text in dict.fromkeys(texts) if text not in self._vectors]
+        with tqdm(total=len(new), desc=task_metadata.name, unit=" texts", disable=not new) as bar:
+            for start in range(0, len(new), TEXTS_AT_ONCE):
+                part = new[start : start + TEXTS_AT_ONCE]
+                self._vectors.update(zip(part, self.model.embed(part), strict=True))
+                bar.update(len(part))
+        return np.stack([self._vectors[text] for text in texts])

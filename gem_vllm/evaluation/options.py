@@ -1,0 +1,93 @@
+"""What an evaluation is told, checked once at the door."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gem_vllm.config import GemConfig
+from gem_vllm.errors import GemError
+from gem_vllm.folders import folder_sha256, read_json
+
+HUB = "hub"
+PROMPT_TYPES = ("query", "document")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """One evaluation.
+
+    Attributes:
+        out: folder for its results.
+        model: folder of a GEM checkpoint, for an engine in this process; or the model's name at
+            ``url``.
+        url: of a running server, for embedding tasks; None for an engine in this process.
+        api_key: for it.
+        base: folder of the base, to be measured too (mean pooling, and as an LLM).
+        local: folder of tasks; see `local_tasks`.
+        tasks: names, of ``local`` or of mteb; empty for all of ``local``.
+        mmlu: folder with MMLU, or ``hub``.
+        perplexity: file of WikiText's form, or ``hub``.
+        limit: of rows or queries of each task, for a quick look.
+        prompts: put before texts; see `encoder.GemEncoder`.
+        engine: of vLLM's engine.
+    """
+
+    out: Path
+    model: str
+    url: str | None = None
+    api_key: str | None = field(default=None, repr=False)
+    base: Path | None = None
+    local: Path | None = None
+    tasks: tuple[str, ...] = ()
+    mmlu: str | None = None
+    perplexity: str | None = None
+    limit: int | None = None
+    prompts: dict[str, str] = field(default_factory=dict)
+    engine: dict[str, Any] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raise GemError for what cannot be evaluated."""
+        if self.url is None:
+            GemConfig.from_pretrained(Path(self.model))
+        elif self.mmlu or self.perplexity:
+            raise GemError(
+                "--mmlu and --perplexity need an engine in this process: give --model FOLDER "
+                "without --url"
+            )
+        if self.base is not None and "gem_config" in read_json(self.base / "config.json"):
+            raise GemError(f"--base {self.base} is a GEM checkpoint; name the model it is of")
+        if not (self.local or self.tasks or self.mmlu or self.perplexity):
+            raise GemError("nothing to evaluate; give --local, --task, --mmlu or --perplexity")
+        if self.limit is not None and self.limit < 1:
+            raise GemError("--limit must be at least 1")
+
+    def bound(self) -> dict[str, Any]:
+        """What a result depends on; an evaluation goes on in a folder only where it is the same."""
+        values = {name: value for name, value in asdict(self).items() if name in _BOUND}
+        values["base"] = None if self.base is None else folder_sha256(self.base)
+        if self.url is None:
+            values["model"] = folder_sha256(Path(self.model))
+        return values
+
+
+_BOUND = ("model", "url", "limit", "prompts", "engine")
+
+
+def read_prompts(text: str | None) -> dict[str, str]:
+    """The prompts of ``--prompts``: a JSON object, or a file of one."""
+    if text is None:
+        return {}
+    path = Path(text)
+    source = (
+        path.read_text(encoding="utf-8") if not text.startswith("{") and path.is_file() else text
+    )
+    try:
+        prompts = json.loads(source)
+    except ValueError as error:
+        raise GemError(f"--prompts is neither a file nor JSON ({error})") from error
+    if not isinstance(prompts, dict) or not all(isinstance(v, str) for v in prompts.values()):
+        raise GemError('--prompts wants texts by name, such as {"Retrieval-query": "Question: "}')
+    return prompts

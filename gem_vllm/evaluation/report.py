@@ -1,0 +1,143 @@
+"""The tables and the plot of an evaluation."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from mteb.abstasks import AbsTask
+
+from gem_vllm.evaluation.language import macro_accuracy
+from gem_vllm.evaluation.options import EvaluateOptions
+from gem_vllm.folders import write_json
+from gem_vllm.machine import serve_dtype
+
+PACKAGES = ("gem-vllm", "mteb", "lm-eval", "vllm", "torch", "transformers")
+PERPLEXITY = "word_perplexity,none"
+
+
+@dataclass
+class Column:
+    """One model's results.
+
+    Attributes:
+        title: of the column.
+        embedding: main scores by task.
+        language: lm-eval's results by kind, ``mmlu`` and ``perplexity``.
+    """
+
+    title: str
+    embedding: dict[str, float]
+    language: dict[str, dict[str, Any]]
+
+    def language_scores(self) -> dict[str, tuple[float, float | None]]:
+        """Figures and their standard errors, by name."""
+        scores: dict[str, tuple[float, float | None]] = {}
+        if mmlu := self.language.get("mmlu"):
+            scores["MMLU, 5-shot, accuracy"] = macro_accuracy(mmlu)
+        if perplexity := self.language.get("perplexity"):
+            scores["WikiText, word perplexity"] = (
+                float(perplexity["results"]["wikitext"][PERPLEXITY]),
+                None,
+            )
+        return scores
+
+
+def write_report(options: EvaluateOptions, tasks: list[AbsTask], columns: list[Column]) -> None:
+    """Write ``results.json``, ``results.md`` and ``results.png`` into the evaluation's folder."""
+    about = _about(options)
+    result = {
+        "about": about,
+        "embedding": {
+            task.metadata.name: {
+                "type": task.metadata.type,
+                "metric": task.metadata.main_score,
+                "split": task.eval_splits[0],
+                **{column.title: column.embedding[task.metadata.name] for column in columns},
+            }
+            for task in tasks
+        },
+        "language": {column.title: column.language_scores() for column in columns},
+    }
+    write_json(options.out / "results.json", result)
+    (options.out / "results.md").write_text(_markdown(result, columns), encoding="utf-8")
+    if tasks:
+        _plot(options.out / "results.png", result, columns)
+
+
+def _about(options: EvaluateOptions) -> dict[str, str]:
+    about = {
+        "model": Path(options.model).name + (" (served)" if options.url else ""),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "machine": f"{platform.machine()}, {serve_dtype()} as the engine's dtype unless given",
+        "engine": str(options.engine or "defaults"),
+        "prompts": str(options.prompts or "none"),
+        "versions": ", ".join(f"{package} {version(package)}" for package in PACKAGES),
+    }
+    if options.limit is not None:
+        about["limit"] = f"a quick look: {options.limit} rows or queries of each task"
+    return about
+
+
+def _markdown(result: dict[str, Any], columns: list[Column]) -> str:
+    titles = [column.title for column in columns]
+    lines = ["# Evaluation", ""]
+    if limit := result["about"].get("limit"):
+        lines += [f"**Not a result to quote: {limit}.**", ""]
+    if result["embedding"]:
+        lines += _row(["task", "metric", *titles, *(["gain"] if len(titles) > 1 else [])])
+        lines += _row(["---"] * (2 + len(titles) + (len(titles) > 1)))
+        for name, entry in result["embedding"].items():
+            scores = [entry[title] for title in titles]
+            gain = [f"{scores[-1] - scores[0]:+.4f}"] if len(titles) > 1 else []
+            metric = f"{entry['metric']} ({entry['split']})"
+            lines += _row([name, metric, *(f"{score:.4f}" for score in scores), *gain])
+        lines.append("")
+    names = next((list(scores) for scores in result["language"].values() if scores), [])
+    if names:
+        lines += _row(["as an LLM", *titles]) + _row(["---"] * (1 + len(titles)))
+        for name in names:
+            cells = []
+            for title in titles:
+                value, error = result["language"][title][name]
+                cells.append(f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}"))
+            lines += _row([name, *cells])
+        lines.append("")
+    lines += _row(["", ""]) + _row(["---", "---"])
+    for name, value in result["about"].items():
+        lines += _row([name, value])
+    return "\n".join(lines) + "\n"
+
+
+def _row(cells: list[str]) -> list[str]:
+    return ["| " + " | ".join(cells) + " |"]
+
+
+def _plot(file: Path, result: dict[str, Any], columns: list[Column]) -> None:
+    """Bars by task, one for each column."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = list(result["embedding"])
+    figure, axes = pyplot.subplots(figsize=(8, 0.6 + 0.55 * len(names)))
+    height = 0.8 / len(columns)
+    for number, column in enumerate(columns):
+        places = [place + (number + 0.5) * height - 0.4 for place in range(len(names))]
+        bars = axes.barh(places, [column.embedding[n] for n in names], height, label=column.title)
+        axes.bar_label(bars, fmt="%.3f", padding=2, fontsize=8)
+    labels = [f"{name}\n{result['embedding'][name]['metric']}" for name in names]
+    axes.set_yticks(range(len(names)), labels, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.1)
+    if limit := result["about"].get("limit"):
+        axes.set_title(limit, fontsize=9)
+    axes.legend(fontsize=8, loc="lower right")
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)

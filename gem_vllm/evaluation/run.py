@@ -1,0 +1,233 @@
+"""An evaluation, from its options to its tables: task by task, each kept when it is done."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mteb
+from mteb.abstasks import AbsTask
+from mteb.cache import ResultCache
+
+from gem_vllm.errors import GemError
+from gem_vllm.evaluation.encoder import (
+    Embedder,
+    EngineEmbedder,
+    GemEncoder,
+    MeanEmbedder,
+    ServerEmbedder,
+)
+from gem_vllm.evaluation.language import mmlu_tasks, perplexity_tasks, run_language_tasks
+from gem_vllm.evaluation.local_tasks import find_tasks, local_task
+from gem_vllm.evaluation.options import PROMPT_TYPES, EvaluateOptions
+from gem_vllm.evaluation.report import Column, write_report
+from gem_vllm.folders import folder_sha256, write_json
+from gem_vllm.machine import serve_dtype, serve_environment
+
+BOUND_FILE = "options.json"
+REVISION_CHARACTERS = 16
+# For both columns: perplexity depends on it, and texts of an embedding task are cut there.
+MAX_MODEL_LEN = 2048
+
+Report = Callable[[str], None]
+
+
+def evaluate(options: EvaluateOptions, report: Report = lambda line: None) -> Path:
+    """Run what is not done yet, and write the tables; returns the folder.
+
+    In ``options.out``: ``mteb/`` and ``lm_eval/`` with the results of each task as those packages
+    write them, ``results.json``, ``results.md`` and ``results.png``.
+
+    Args:
+        options: checked here.
+        report: called with a line whenever something begins.
+
+    Raises:
+        GemError: the evaluation cannot be begun, or the folder holds one of something else.
+    """
+    options.check()
+    tasks = _embedding_tasks(options)
+    language = _language_tasks(options)
+    _check_prompts(options, tasks)
+    _bind(options)
+    columns = []
+    if options.base is not None:
+        columns.append(_base_column(options, tasks, language, report))
+    columns.append(_gem_column(options, tasks, language, report))
+    write_report(options, tasks, columns)
+    return options.out
+
+
+def _embedding_tasks(options: EvaluateOptions) -> list[AbsTask]:
+    """Tasks by name, of the folder and of mteb."""
+    local = find_tasks(options.local) if options.local else {}
+    names = options.tasks or tuple(local)
+    if options.limit is not None and (foreign := set(names) - local.keys()):
+        raise GemError(f"--limit is for tasks of --local; these are mteb's: {', '.join(foreign)}")
+    found = []
+    for name in names:
+        if name in local:
+            found.append(local_task(local[name], options.limit))
+            continue
+        try:
+            found.append(mteb.get_task(name))
+        except KeyError as error:
+            raise GemError(
+                f"--task {name}: neither in --local ({', '.join(local) or 'not given'}) nor mteb's"
+            ) from error
+    return found
+
+
+def _language_tasks(options: EvaluateOptions) -> dict[str, list[Any]]:
+    tasks = {}
+    if options.mmlu:
+        tasks["mmlu"] = mmlu_tasks(options.mmlu)
+    if options.perplexity:
+        tasks["perplexity"] = perplexity_tasks(options.perplexity)
+    return tasks
+
+
+def _check_prompts(options: EvaluateOptions, tasks: list[AbsTask]) -> None:
+    names = {name for task in tasks for name in (task.metadata.name, task.metadata.type)}
+    known = {*names, *PROMPT_TYPES, *(f"{name}-{kind}" for name in names for kind in PROMPT_TYPES)}
+    if unknown := options.prompts.keys() - known:
+        raise GemError(
+            f"--prompts names {', '.join(sorted(unknown))}; of these tasks there are "
+            f"{', '.join(sorted(names | set(PROMPT_TYPES)))}, and both joined with -"
+        )
+
+
+def _bind(options: EvaluateOptions) -> None:
+    """Let the folder be this evaluation's, or raise GemError with what differs."""
+    file = options.out / BOUND_FILE
+    bound = json.loads(json.dumps(options.bound()))
+    if file.is_file():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        differs = [name for name, value in bound.items() if before.get(name) != value]
+        if differs:
+            raise GemError(
+                f"{options.out} holds an evaluation with another {', '.join(differs)}; choose "
+                "another --out"
+            )
+    elif options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
+        raise GemError(f"--out {options.out} holds something else; choose a new or empty folder")
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_json(file, bound)
+
+
+def _base_column(
+    options: EvaluateOptions, tasks: list[AbsTask], language: dict[str, list[Any]], report: Report
+) -> Column:
+    assert options.base is not None
+    name = options.base.resolve().name
+    revision = folder_sha256(options.base)[:REVISION_CHARACTERS]
+    column = Column(f"{name}, mean pooling", {}, {})
+
+    def embedder() -> Embedder:
+        report(f"{name}: mean pooling of the base, float32")
+        length = options.engine.get("max_model_len", MAX_MODEL_LEN)
+        return MeanEmbedder(options.base, length)  # type: ignore[arg-type]
+
+    _embed(options, tasks, column, embedder, f"{name}-mean", revision)
+    with _lazy_engine(options, str(options.base), report) as engine:
+        _speak(options, language, column, engine, f"{name}-{revision}")
+    return column
+
+
+def _gem_column(
+    options: EvaluateOptions, tasks: list[AbsTask], language: dict[str, list[Any]], report: Report
+) -> Column:
+    name = Path(options.model).name
+    column = Column(name, {}, {})
+    if options.url is not None:
+        url = options.url
+        report(f"{name}: embeddings from {url}")
+        make = lambda: ServerEmbedder(url, options.model, options.api_key)  # noqa: E731
+        _embed(options, tasks, column, make, name, "served")
+        return column
+    revision = folder_sha256(Path(options.model))[:REVISION_CHARACTERS]
+    with _lazy_engine(options, options.model, report) as engine:
+        _embed(options, tasks, column, lambda: EngineEmbedder(engine()), name, revision)
+        _speak(options, language, column, engine, f"{name}-{revision}")
+    return column
+
+
+def _embed(
+    options: EvaluateOptions,
+    tasks: list[AbsTask],
+    column: Column,
+    embedder: Callable[[], Embedder],
+    name: str,
+    revision: str,
+) -> None:
+    """Run the embedding tasks that have no result yet."""
+    cache = ResultCache(options.out / "mteb")
+    encoder: GemEncoder | None = None
+    for task in tasks:
+        meta = GemEncoder(_Nothing(), name, revision, options.prompts).mteb_model_meta
+        result = cache.load_task_result(task.metadata.name, meta)
+        if result is None or result.dataset_revision != task.metadata.revision:
+            encoder = encoder or GemEncoder(embedder(), name, revision, options.prompts)
+            (result,) = mteb.evaluate(
+                encoder,
+                task,
+                cache=cache,
+                overwrite_strategy="always",
+                co2_tracker=False,
+                show_progress_bar=False,
+            ).task_results
+        column.embedding[task.metadata.name] = float(result.main_score)
+
+
+class _Nothing:
+    """Of an encoder that is only asked for its name."""
+
+    def embed(self, texts: list[str]) -> Any:
+        raise AssertionError("asked to embed")
+
+
+def _speak(
+    options: EvaluateOptions,
+    tasks: dict[str, list[Any]],
+    column: Column,
+    engine: Callable[[], Any],
+    name: str,
+) -> None:
+    """Run the language tasks that have no result yet."""
+    folder = options.out / "lm_eval" / name
+    for kind, configs in tasks.items():
+        file = folder / f"{kind}.json"
+        if not file.is_file():
+            result = run_language_tasks(engine(), configs, options.limit)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(file.with_suffix(".tmp"), result)
+            file.with_suffix(".tmp").replace(file)
+        column.language[kind] = json.loads(file.read_text(encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def _lazy_engine(
+    options: EvaluateOptions, model: str, report: Report
+) -> Iterator[Callable[[], Any]]:
+    """A function for the engine of a model, which is started when it is first asked for."""
+    started: list[Any] = []
+
+    def engine() -> Any:
+        if not started:
+            report(f"{Path(model).name}: starting vLLM")
+            os.environ.update(serve_environment())
+            from vllm import LLM
+
+            arguments = {"dtype": serve_dtype(), "max_model_len": MAX_MODEL_LEN, **options.engine}
+            started.append(LLM(model, **arguments))
+        return started[0]
+
+    try:
+        yield engine
+    finally:
+        for llm in started:
+            llm.llm_engine.engine_core.shutdown()

@@ -1,0 +1,66 @@
+"""mteb's encoder protocol: order, prompts, one vector for one text; and the base's mean pooling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from mteb.models import EncoderProtocol
+from mteb.types import PromptType
+
+from gem_vllm.checkpoint import load_base
+from gem_vllm.evaluation.encoder import GemEncoder, MeanEmbedder
+from tests.evaluation.conftest import TopicEmbedder
+
+TASK = SimpleNamespace(name="Some", type="Retrieval")
+
+
+def encode(encoder: GemEncoder, texts: list[list[str]], prompt_type=None) -> np.ndarray:
+    return encoder.encode(
+        [{"text": batch} for batch in texts],
+        task_metadata=TASK,
+        hf_split="test",
+        hf_subset="default",
+        prompt_type=prompt_type,
+    )
+
+
+def test_a_text_is_embedded_once_and_keeps_its_place(topic_embedder: TopicEmbedder) -> None:
+    encoder = GemEncoder(topic_embedder, "topics", "1")
+    assert isinstance(encoder, EncoderProtocol)
+    first = encode(encoder, [["moon", "bread"], ["moon"]])
+    again = encode(encoder, [["bread", "river"]])
+    assert topic_embedder.calls == [["moon", "bread"], ["river"]]
+    np.testing.assert_array_equal(first[[0, 1]], [first[2], again[0]])
+    assert first[0].argmax() == 2
+
+
+def test_prompts_go_before_texts_by_kind(topic_embedder: TopicEmbedder) -> None:
+    prompts = {"Retrieval-query": "Q: ", "Other": "no: "}
+    encoder = GemEncoder(topic_embedder, "topics", "1", prompts)
+    encode(encoder, [["moon"]], PromptType.query)
+    encode(encoder, [["moon"]], PromptType.document)
+    assert topic_embedder.calls == [["Q: moon"], ["moon"]]
+    assert encoder.mteb_model_meta.use_instructions
+
+
+def test_an_empty_text_does_not_stop_a_benchmark(topic_embedder: TopicEmbedder) -> None:
+    encode(GemEncoder(topic_embedder, "topics", "1"), [["", "moon"]])
+    assert topic_embedder.calls == [[" ", "moon"]]
+
+
+def test_mean_pooling_in_batches_is_that_of_each_text_alone(
+    tiny_base: Callable[..., Path],
+) -> None:
+    base = tiny_base("gemma3")  # with a layer of a sliding window
+    model, tokenizer = load_base(base, dtype=torch.float32)
+    texts = ["bread", "In 1969 the first people walked on the moon. " * 4, "an old stone bridge"]
+    found = MeanEmbedder(base, 40).embed(texts)
+    for text, row in zip(texts, found, strict=True):
+        ids = torch.tensor([tokenizer(text)["input_ids"][:40]])
+        with torch.inference_mode():
+            states = model.get_decoder()(ids).last_hidden_state[0]
+        np.testing.assert_allclose(row, states.mean(dim=0).numpy(), atol=1e-5)

@@ -1,0 +1,143 @@
+"""lm-eval over an engine: the reference's log-likelihoods, and the base's from a GEM checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gem_vllm.errors import GemError
+from gem_vllm.evaluation.language import (
+    EngineLM,
+    macro_accuracy,
+    mmlu_tasks,
+    perplexity_tasks,
+    run_language_tasks,
+)
+from tests.plugin.conftest import running_engine
+
+LENGTH = 64
+PAIRS = [
+    ("The capital of France is", " Paris"),
+    ("What is the capital? Answer:", " A"),
+    ("What is the capital? Answer:", " B"),
+    ("", "Bread is made from flour"),
+    ("In 1969 the first people walked on the moon. " * 6, " They came back"),
+]
+
+
+@pytest.fixture(scope="module")
+def base(tiny_base: Callable[..., Path]) -> Path:
+    return tiny_base("llama")
+
+
+@pytest.fixture(scope="module")
+def lm(tiny_checkpoint: Callable[..., Path]) -> Iterator[EngineLM]:
+    with running_engine(tiny_checkpoint("llama"), max_model_len=LENGTH) as llm:
+        yield EngineLM(llm)
+
+
+class Reference:
+    """The base on transformers."""
+
+    def __init__(self, base: Path) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        self.tokenizer = AutoTokenizer.from_pretrained(base)
+
+    @torch.inference_mode()
+    def score(self, context: list[int], continuation: list[int]) -> tuple[float, bool]:
+        ids = [*context, *continuation][1 - LENGTH :]
+        logprobs = self.model(torch.tensor([ids])).logits[0].log_softmax(dim=-1)
+        rows = logprobs[-len(continuation) - 1 : -1]
+        target = torch.tensor(continuation)
+        value = float(rows.gather(1, target[:, None]).sum())
+        return value, bool((rows.argmax(dim=-1) == target).all())
+
+
+@pytest.fixture(scope="module")
+def reference(base: Path) -> Reference:
+    return Reference(base)
+
+
+def instances(kind: str, rows: list[tuple]) -> list[Instance]:
+    return [Instance(kind, {}, row, index) for index, row in enumerate(rows)]
+
+
+def test_loglikelihoods_are_the_bases(lm: EngineLM, reference: Reference) -> None:
+    found = lm.loglikelihood(instances("loglikelihood", PAIRS), disable_tqdm=True)
+    for (context, continuation), (value, greedy) in zip(PAIRS, found, strict=True):
+        if context:
+            ids = lm._encode_pair(context, continuation)
+        else:
+            ids = ([lm.prefix_token_id], lm.tok_encode(continuation, add_special_tokens=False))
+        expected, best = reference.score(*ids)
+        assert value == pytest.approx(expected, abs=1e-3)
+        assert greedy == best
+
+
+def test_a_greedy_continuation_is_known_as_such(lm: EngineLM, reference: Reference) -> None:
+    prompt = "The quick brown fox"
+    ids = reference.tokenizer(prompt, return_tensors="pt").input_ids
+    greedy = reference.model.generate(ids, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    context, continuation = ids[0].tolist(), greedy[0, ids.shape[1] :].tolist()
+    ((_, multi),) = lm._loglikelihood_tokens([(None, context, continuation)])
+    ((_, single),) = lm._loglikelihood_tokens([(None, context, continuation[:1])])
+    assert multi
+    assert single
+
+
+def test_rolling_windows_predict_every_token_once(lm: EngineLM, reference: Reference) -> None:
+    text = "A library keeps books, maps and newspapers. " * 8
+    ids = lm.tok_encode(text, add_special_tokens=False)
+    assert len(ids) > 2 * LENGTH
+    (found,) = lm.loglikelihood_rolling(instances("loglikelihood_rolling", [(text,)]))
+    window, expected, before = LENGTH - 2, 0.0, [lm.prefix_token_id]
+    for start in range(0, len(ids), window):
+        part = ids[start : start + window]
+        # The last window has the tokens before it for context, as many as there is room for.
+        room = window - len(part)
+        context = ids[max(0, start - 1 - room) : start] if start else before
+        expected += reference.score(context, part)[0]
+    assert found == pytest.approx(expected, abs=1e-2)
+
+
+def test_generation_stops_where_it_should(lm: EngineLM) -> None:
+    options = {"until": [" the"], "max_gen_toks": 8}
+    (text,) = lm.generate_until(
+        instances("generate_until", [("The quick brown fox", options)]), disable_tqdm=True
+    )
+    assert " the" not in text
+    assert len(lm.tok_encode(text)) <= 9
+
+
+def test_mmlu_and_perplexity_from_files_equal_the_bases(
+    lm: EngineLM, base: Path, mmlu_folder: Path, articles: Path
+) -> None:
+    """In float32, what a checkpoint in adapter mode has lost is nothing at all."""
+    tasks = [*mmlu_tasks(str(mmlu_folder)), *perplexity_tasks(str(articles))]
+    gem = run_language_tasks(lm._llm, tasks, None)
+    assert gem["n-samples"]["mmlu_anatomy"]["effective"] == 3
+    assert gem["configs"]["mmlu_anatomy"]["num_fewshot"] == 5
+    lm._llm.llm_engine.engine_core.shutdown()
+    with running_engine(base, max_model_len=LENGTH) as llm:
+        plain = run_language_tasks(llm, tasks, None)
+    assert gem["results"] == plain["results"]
+    accuracy, error = macro_accuracy(gem)
+    subjects = [gem["results"][f"mmlu_{name}"] for name in ("anatomy", "high_school_counting")]
+    assert accuracy == pytest.approx(sum(subject["acc,none"] for subject in subjects) / 2)
+    assert 0 <= error <= 1
+    assert gem["results"]["wikitext"]["word_perplexity,none"] > 1
+
+
+def test_missing_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(GemError, match=r"needs one file dev\*"):
+        mmlu_tasks(str(tmp_path))
+    with pytest.raises(GemError, match="is not a file"):
+        perplexity_tasks(str(tmp_path / "none"))
+    (tmp_path / "plain.txt").write_text("no headings here\n")
+    with pytest.raises(GemError, match="holds no article"):
+        perplexity_tasks(str(tmp_path / "plain.txt"))
