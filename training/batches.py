@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import itertools
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +14,7 @@ from gem_vllm.errors import GemError
 from gem_vllm.training.data import TextSource, shuffled
 from gem_vllm.training.losses import alpha_at
 from gem_vllm.training.options import TrainOptions
-from gem_vllm.training.positives import MIN_SPAN_TOKENS, dropout_pair, span_pair
+from gem_vllm.training.positives import MIN_SPAN_TOKENS, cloze_pair, dropout_pair, span_pair
 from gem_vllm.training.sequences import Template, mixed_sequence, pad
 
 TOKENIZE_AT_ONCE = 256
@@ -27,10 +27,10 @@ class TrainBatches(IterableDataset):
     ``cl_lengths`` [2N], N anchors and then their N positives; where alpha < 1, ``ntp_ids`` and
     ``ntp_lengths``, N rows of mixed next-token prediction. Rows are right-padded.
 
-    Several sources take turns, one batch each. ``mix`` takes a share of its batches from the first
-    source, as spans, and the others from the last, with dropout, evenly spread. What is random in
-    step s is drawn from (seed, s), and texts are read again from the start when they run out, in
-    another order.
+    Several sources take turns, one batch each. ``mix`` takes shares of its batches from the first
+    source, as spans and as cloze pairs, and the others from the last, with dropout, evenly spread.
+    What is random in step s is drawn from (seed, s), and texts are read again from the start when
+    they run out, in another order.
     """
 
     def __init__(self, options: TrainOptions, tokenizer: Any, special_ids: tuple[int, ...]) -> None:
@@ -49,8 +49,7 @@ class TrainBatches(IterableDataset):
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         streams = [self._contents(index) for index in range(len(self.sources))]
-        for step in range(self.options.steps):
-            kind, source = self._turn(step)
+        for step, (kind, source) in zip(range(self.options.steps), self._turns(), strict=False):
             contents = [next(streams[source]) for _ in range(self.options.batch_size)]
             if step >= self.start_step:
                 yield self._batch(contents, step, kind)
@@ -63,13 +62,19 @@ class TrainBatches(IterableDataset):
             for _ in range(self.options.batch_size):
                 next(stream)
 
-    def _turn(self, step: int) -> tuple[str, int]:
-        kind, last = self.options.positives, len(self.sources) - 1
-        if kind == "mix":
-            share = self.options.span_share
-            spans = math.ceil((step + 1) * share) > math.ceil(step * share)
-            return ("spans", 0) if spans else ("dropout", last)
-        return kind, step % len(self.sources)
+    def _turns(self) -> Iterator[tuple[str, int]]:
+        """Kind of pair and source of each step."""
+        options, last = self.options, len(self.sources) - 1
+        if options.positives != "mix":
+            yield from ((options.positives, step % (last + 1)) for step in itertools.count())
+        shares = {"spans": options.span_share, "cloze": options.cloze_share}
+        shares["dropout"] = 1.0 - sum(shares.values())
+        taken = dict.fromkeys(shares, 0)
+        for step in itertools.count(1):
+            # Whichever is furthest behind its share.
+            kind = max(shares, key=lambda kind: shares[kind] * step - taken[kind])
+            taken[kind] += 1
+            yield kind, last if kind == "dropout" else 0
 
     def _contents(self, index: int) -> Iterator[list[int]]:
         """Token ids of a source's texts, for ever; texts under 8 tokens are left out."""
@@ -108,14 +113,7 @@ class TrainBatches(IterableDataset):
         )
         batch = {"alpha": torch.tensor(alpha)}
         if alpha > 0.0:
-            pairs = [
-                span_pair(content, rng)
-                if kind == "spans"
-                else dropout_pair(
-                    content, options.drop_rate, rng, anchor_rate=options.anchor_drop_rate
-                )
-                for content in contents
-            ]
+            pairs = [self._pair(content, kind, rng) for content in contents]
             rows = [self.template.wrap(pair[side]) for side in (0, 1) for pair in pairs]
             batch["cl_ids"], batch["cl_lengths"] = pad(rows)
         if alpha < 1.0:
@@ -133,6 +131,16 @@ class TrainBatches(IterableDataset):
             ]
             batch["ntp_ids"], batch["ntp_lengths"] = pad(rows)
         return batch
+
+    def _pair(
+        self, content: list[int], kind: str, rng: random.Random
+    ) -> tuple[list[int], list[int]]:
+        if kind == "spans":
+            return span_pair(content, rng)
+        if kind == "cloze":
+            return cloze_pair(content, rng)
+        options = self.options
+        return dropout_pair(content, options.drop_rate, rng, anchor_rate=options.anchor_drop_rate)
 
 
 def plain_prompt_template(tokenizer: Any) -> Template:

@@ -17,7 +17,7 @@ TrainMode = Literal["adapter", "full", "lora"]
 CHOICES = {
     "mode": ("adapter", "full", "lora"),
     "pooling": ("mean", "concat"),
-    "positives": ("dropout", "spans", "mix"),
+    "positives": ("dropout", "spans", "cloze", "mix"),
     "alpha_schedule": ("step", "linear", "constant"),
     "dtype": ("auto", "float32", "bfloat16"),
 }
@@ -57,6 +57,7 @@ class TrainOptions:
     drop_rate: float = 0.3
     anchor_drop_rate: float = 0.0
     span_share: float = 0.5
+    cloze_share: float = 0.0
     scale: float = 20.0
     symmetric: bool = False
     contrastive_learning_rate: float | None = None
@@ -128,9 +129,18 @@ class TrainOptions:
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise GemError(f"{flag(name)} must be at least {least}")
-        for name in ("raw_share", "reconstruction_share", "alpha", "warmup_share", "span_share"):
+        for name in (
+            "raw_share",
+            "reconstruction_share",
+            "alpha",
+            "warmup_share",
+            "span_share",
+            "cloze_share",
+        ):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise GemError(f"{flag(name)} must be from 0 to 1")
+        if self.span_share + self.cloze_share > 1.0:
+            raise GemError("--span-share and --cloze-share together must be at most 1")
         if self.patience is not None and (self.held_out_pairs is None or self.patience < 1):
             raise GemError("--patience must be at least 1, and needs --held-out-pairs")
         if not 0.0 < self.drop_rate < 1.0:

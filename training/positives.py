@@ -5,10 +5,13 @@ from __future__ import annotations
 import random
 from typing import Literal
 
-Positives = Literal["dropout", "spans", "mix"]
+Positives = Literal["dropout", "spans", "cloze", "mix"]
 
 MIN_SPAN_TOKENS = 8
 MAX_SPAN_TOKENS = 64
+MAX_QUERY_TOKENS = 32
+MAX_REST_TOKENS = 192
+LEFT_IN = 0.1
 
 
 def dropout_pair(
@@ -37,9 +40,30 @@ def span_pair(token_ids: list[int], rng: random.Random) -> tuple[list[int], list
     return _span(token_ids, rng), _span(token_ids, rng)
 
 
+def cloze_pair(token_ids: list[int], rng: random.Random) -> tuple[list[int], list[int]]:
+    """A short span of a text, and the text without it: as a query and its document (ours).
+
+    The inverse cloze task of Lee et al. (arXiv 1906.00300): the span has 8 to 32 tokens, the text
+    192 around it at most, and one span in ten is left in, so that shared words count too.
+    """
+    start, length = _cut(token_ids, MAX_QUERY_TOKENS, rng)
+    width = min(MAX_REST_TOKENS, len(token_ids))
+    first = rng.randint(max(0, start + length - width), min(start, len(token_ids) - width))
+    end = first + width
+    query = token_ids[start : start + length]
+    rest = token_ids[first:start] + token_ids[start + length : end]
+    if rng.random() < LEFT_IN or len(rest) < MIN_SPAN_TOKENS:
+        rest = token_ids[first:end]
+    return query, rest
+
+
 def _span(token_ids: list[int], rng: random.Random) -> list[int]:
-    longest = min(MAX_SPAN_TOKENS, len(token_ids))
-    shortest = min(MIN_SPAN_TOKENS, longest)
-    length = rng.randint(shortest, longest)
-    start = rng.randrange(len(token_ids) - length + 1)
+    start, length = _cut(token_ids, MAX_SPAN_TOKENS, rng)
     return token_ids[start : start + length]
+
+
+def _cut(token_ids: list[int], most: int, rng: random.Random) -> tuple[int, int]:
+    """Start and length of a random span of 8 to ``most`` tokens."""
+    longest = min(most, len(token_ids))
+    length = rng.randint(min(MIN_SPAN_TOKENS, longest), longest)
+    return rng.randrange(len(token_ids) - length + 1), length

@@ -23,6 +23,7 @@ class Pooling(StrEnum):
 class Positives(StrEnum):
     dropout = "dropout"
     spans = "spans"
+    cloze = "cloze"
     mix = "mix"
 
 
@@ -101,8 +102,9 @@ def train(
     positives: Annotated[
         Positives,
         typer.Option(
-            help="A text's positive: itself with tokens dropped; or two spans of it; or batches of "
-            "both (mix: spans of the first --data, dropout of the last).",
+            help="A text's positive: itself with tokens dropped; or two spans of it; or a short "
+            "span and the rest (cloze); or batches of each (mix: spans and cloze of the first "
+            "--data, dropout of the last).",
             rich_help_panel=_CONTRASTIVE,
         ),
     ] = Positives.dropout,
@@ -117,6 +119,9 @@ def train(
     span_share: Annotated[
         float, typer.Option(help="Of mix, the share of spans.", rich_help_panel=_CONTRASTIVE)
     ] = 0.5,
+    cloze_share: Annotated[
+        float, typer.Option(help="Of mix, the share of cloze.", rich_help_panel=_CONTRASTIVE)
+    ] = 0.0,
     scale: Annotated[
         float,
         typer.Option(
@@ -244,6 +249,7 @@ def train(
         drop_rate=drop_rate,
         anchor_drop_rate=anchor_drop_rate,
         span_share=span_share,
+        cloze_share=cloze_share,
         scale=scale,
         symmetric=symmetric,
         contrastive_learning_rate=contrastive_learning_rate,

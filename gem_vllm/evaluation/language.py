@@ -179,7 +179,7 @@ def _prompt(token_ids: Sequence[int]) -> dict[str, list[int]]:
 
 
 def mmlu_tasks(source: str) -> list[str | dict[str, Any]]:
-    """lm-eval's tasks of MMLU: its own (source ``hub``), or from a folder's dev and test_*.jsonl.gz.
+    """lm-eval's tasks of MMLU: its own (source ``hub``), or from a folder of dev and test files.
 
     Raises GemError for a folder that does not hold them.
     """

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
-from itertools import pairwise
+from collections.abc import Callable
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +84,20 @@ def test_mix_takes_turns(make: Make, texts: Path, tmp_path: Path) -> None:
         assert (len(anchors) == 1) == (step % 2 == 1), "dropout has the one text of the other file"
 
 
-@pytest.mark.parametrize(("share", "spans"), [(0.0, []), (0.25, [0, 4, 8]), (1.0, range(12))])
-def test_shares_of_the_mix(make: Make, share: float, spans: Iterable[int]) -> None:
-    batches = make(positives="mix", span_share=share)
-    assert [step for step in range(12) if batches._turn(step)[0] == "spans"] == list(spans)
+@pytest.mark.parametrize(
+    ("spans", "cloze", "kinds"),
+    [
+        (0.0, 0.0, "dddddddddddd"),
+        (0.25, 0.0, "dsdddsdddsdd"),
+        (0.5, 0.0, "sdsdsdsdsdsd"),
+        (1.0, 0.0, "ssssssssssss"),
+        (0.25, 0.5, "csdccsdccsdc"),
+        (0.0, 1.0, "cccccccccccc"),
+    ],
+)
+def test_shares_of_the_mix(make: Make, spans: float, cloze: float, kinds: str) -> None:
+    batches = make(positives="mix", span_share=spans, cloze_share=cloze)
+    assert "".join(kind[0] for kind, _ in islice(batches._turns(), 12)) == kinds
 
 
 def test_too_few_texts_are_refused(make: Make, tmp_path: Path) -> None:

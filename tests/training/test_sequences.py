@@ -9,6 +9,7 @@ import torch
 from gem_vllm.training.positives import (
     MAX_SPAN_TOKENS,
     MIN_SPAN_TOKENS,
+    cloze_pair,
     dropout_pair,
     span_pair,
 )
@@ -52,6 +53,24 @@ def test_spans_are_of_the_text_and_of_all_lengths() -> None:
     assert all(span == list(range(span[0], span[0] + len(span))) for span in spans)
     assert {len(span) for span in spans} == set(range(MIN_SPAN_TOKENS, MAX_SPAN_TOKENS + 1))
     assert len(span_pair([1, 2, 3], rng)[0]) == 3, "a short text is its own span"
+
+
+def test_a_cloze_pair_is_a_short_span_and_what_is_around_it() -> None:
+    content, rng = list(range(1000, 1400)), random.Random(0)
+    left_in = 0
+    for _ in range(2000):
+        query, rest = cloze_pair(content, rng)
+        assert 8 <= len(query) <= 32
+        assert query == list(range(query[0], query[0] + len(query)))
+        assert rest == sorted(set(rest))
+        assert len(rest) <= 192
+        near = {*rest, *query}
+        assert near == set(range(min(near), max(near) + 1)), "one stretch of the text"
+        assert set(query) <= set(rest) or set(query).isdisjoint(rest)
+        left_in += set(query) <= set(rest)
+    assert 100 < left_in < 300
+    short = cloze_pair([1, 2, 3, 4, 5, 6, 7, 8, 9], rng)
+    assert short[1] == [1, 2, 3, 4, 5, 6, 7, 8, 9], "too little would be left"
 
 
 def rows(raw_share: float, reconstruction_share: float, max_tokens: int = 40) -> list[list[int]]:
