@@ -10,6 +10,7 @@ from gem_vllm.commands.adapter import app as adapter
 from gem_vllm.commands.demo import demo
 from gem_vllm.commands.embed import embed
 from gem_vllm.commands.evaluate import evaluate
+from gem_vllm.commands.export import export
 from gem_vllm.commands.fetch import fetch
 from gem_vllm.commands.key import key
 from gem_vllm.commands.serve import serve
@@ -29,6 +30,7 @@ app.command()(embed)
 app.command()(serve)
 app.command()(key)
 app.command()(evaluate)
+app.command()(export)
 app.command()(demo)
 
 

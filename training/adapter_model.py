@@ -30,7 +30,8 @@ TEXTS_PER_PASS = 16
 class AdapterModel(GemTrainingModel):
     """A frozen base; trained are the k special tokens' embedding rows, the LoRA, the temperature.
 
-    ``lm`` is a PEFT model as ``add_adapter`` makes it.
+    ``lm`` is a PEFT model as ``add_adapter`` makes it, or, to compute with it alone, as
+    `gem_vllm.checkpoint.load_checkpoint` gives it.
     """
 
     lm: PeftModel
@@ -104,10 +105,7 @@ class AdapterModel(GemTrainingModel):
         """Pass 2: hidden states [N, k, hidden] of the special tokens, and the cache with them."""
         cache = self.prefix_pass(prefix_ids, lengths)
         offsets = torch.arange(self.k, device=lengths.device)
-        rows = special_rows(self.lm)
-        scale = getattr(self._embedding.base_layer, "embed_scale", None)
-        embeds = rows if scale is None else rows * scale
-        embeds = embeds.to(self._embedding.base_layer.weight.dtype)
+        embeds = self._special_embeds()
         with grouped(self.base):
             output = self._decoder(
                 inputs_embeds=embeds.expand(len(prefix_ids), -1, -1),
@@ -149,9 +147,14 @@ class AdapterModel(GemTrainingModel):
     def _decoder(self) -> nn.Module:
         return self.base.get_decoder()
 
-    @property
-    def _embedding(self) -> Any:
-        return self.base.get_input_embeddings().token_adapter
+    def _special_embeds(self) -> torch.Tensor:
+        """Input embeddings [k, hidden] of the special tokens: trained rows, or a checkpoint's."""
+        embedding: Any = self.base.get_input_embeddings()
+        if not hasattr(embedding, "token_adapter"):
+            return embedding(torch.tensor(self.special_ids, device=embedding.weight.device))
+        rows, own = special_rows(self.lm), embedding.token_adapter.base_layer
+        scale = getattr(own, "embed_scale", None)
+        return (rows if scale is None else rows * scale).to(own.weight.dtype)
 
 
 def add_adapter(

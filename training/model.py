@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from gem_vllm.training.losses import info_nce, next_token_loss, pool
@@ -21,6 +22,7 @@ class GemTrainingModel(nn.Module, ABC):
 
     ``lm`` is the causal language model with its k special tokens; which of its parameters are
     trained is told by their ``requires_grad``. The temperature's logarithm is trained with them.
+    ``rows_per_pass``: texts of the contrastive phase that are computed at once; None for all.
     """
 
     def __init__(
@@ -31,6 +33,7 @@ class GemTrainingModel(nn.Module, ABC):
         *,
         scale: float,
         symmetric: bool,
+        rows_per_pass: int | None = None,
     ) -> None:
         super().__init__()
         self.lm = lm
@@ -38,6 +41,7 @@ class GemTrainingModel(nn.Module, ABC):
         self.k = len(special_ids)
         self.pooling = pooling
         self.symmetric = symmetric
+        self.rows_per_pass = rows_per_pass
         self.log_temperature = nn.Parameter(torch.tensor(math.log(scale)))
         self.config = self.base.config.get_text_config()
         if getattr(self.config, "attn_logit_softcapping", None) is not None:
@@ -91,7 +95,7 @@ class GemTrainingModel(nn.Module, ABC):
             losses["loss_ntp"] = self.ntp_loss(ntp_ids, ntp_lengths)
             total = total + (1.0 - alpha) * losses["loss_ntp"]
         if cl_ids is not None and cl_lengths is not None:
-            states = self.special_states(cl_ids, cl_lengths)
+            states = self._contrastive_states(cl_ids, cl_lengths)
             with torch.autocast(states.device.type, enabled=False):
                 anchors, positives = pool(states, self.pooling).chunk(2)
                 losses["loss_cl"] = info_nce(
@@ -99,6 +103,22 @@ class GemTrainingModel(nn.Module, ABC):
                 )
             total = total + alpha * losses["loss_cl"]
         return {"loss": total, **losses}
+
+    def _contrastive_states(self, token_ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """`special_states`, with ``rows_per_pass`` a part at a time.
+
+        Of a part that is computed again in the backward pass nothing is kept but its input, so
+        that memory does not grow with the batch (gradient caching, arXiv 2101.06983).
+        """
+        most = self.rows_per_pass
+        if most is None or len(token_ids) <= most:
+            return self.special_states(token_ids, lengths)
+        parts = []
+        for start in range(0, len(token_ids), most):
+            part = lengths[start : start + most]
+            ids = token_ids[start : start + most, : int(part.max())]
+            parts.append(checkpoint(self.special_states, ids, part, use_reentrant=False))
+        return torch.cat(parts)
 
     def ntp_loss(self, token_ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """Mixed next-token prediction of rows [N, T] with lengths [N]: a scalar."""

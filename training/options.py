@@ -60,6 +60,7 @@ class TrainOptions:
     cloze_share: float = 0.0
     scale: float = 20.0
     symmetric: bool = False
+    rows_per_pass: int | None = None
     contrastive_learning_rate: float | None = None
     # How the two are weighed.
     alpha_schedule: AlphaSchedule | None = None
@@ -139,6 +140,8 @@ class TrainOptions:
         ):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise GemError(f"{flag(name)} must be from 0 to 1")
+        if self.rows_per_pass is not None and self.rows_per_pass < 1:
+            raise GemError("--rows-per-pass must be at least 1")
         if self.span_share + self.cloze_share > 1.0:
             raise GemError("--span-share and --cloze-share together must be at most 1")
         if self.patience is not None and (self.held_out_pairs is None or self.patience < 1):

@@ -117,7 +117,14 @@ def build_model(
     lm: PreTrainedModel | PeftModel = model
     if options.mode != "full":
         lm = add_adapter(model, special_ids, rank=options.lora_rank, alpha=options.lora_alpha)
-    return kind(lm, special_ids, options.pooling, scale=options.scale, symmetric=options.symmetric)
+    return kind(
+        lm,
+        special_ids,
+        options.pooling,
+        scale=options.scale,
+        symmetric=options.symmetric,
+        rows_per_pass=options.rows_per_pass,
+    )
 
 
 def training_arguments(options: TrainOptions, *, bf16: bool) -> TrainingArguments:

@@ -137,6 +137,14 @@ def train(
             rich_help_panel=_CONTRASTIVE,
         ),
     ] = False,
+    rows_per_pass: Annotated[
+        int | None,
+        typer.Option(
+            help="Compute so many of a batch's texts at once, and again in the backward pass: "
+            "memory for large batches, paid for in time. [default: all]",
+            rich_help_panel=_CONTRASTIVE,
+        ),
+    ] = None,
     contrastive_learning_rate: Annotated[
         float | None,
         typer.Option(
@@ -252,6 +260,7 @@ def train(
         cloze_share=cloze_share,
         scale=scale,
         symmetric=symmetric,
+        rows_per_pass=rows_per_pass,
         contrastive_learning_rate=contrastive_learning_rate,
         alpha_schedule=None if alpha_schedule is None else alpha_schedule.value,
         alpha=alpha,

@@ -234,3 +234,42 @@ def test_state_is_what_is_trained(tiny_base: Callable[..., Path]) -> None:
     assert all(torch.equal(other.state_dict()[name], value) for name, value in state.items())
     with pytest.raises(ValueError, match="other parameters"):
         other.load_state_dict({})
+
+
+@pytest.mark.parametrize("kind", [AdapterModel, DenseModel])
+def test_parts_of_a_batch_give_the_same_gradients_and_keep_nothing(
+    kind: type[GemTrainingModel], tiny_base: Callable[..., Path]
+) -> None:
+    """What is kept for the backward pass does not grow with the batch, but for its input."""
+
+    def run(texts: int, rows_per_pass: int | None) -> tuple[float, dict[str, torch.Tensor], int]:
+        model, _ = make_model(tiny_base("llama"), kind)
+        model.rows_per_pass = rows_per_pass
+        ids, lengths = pad(random_texts((31, 12, 5, 18) * (texts // 4)))
+        kept: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.is_floating_point():
+                storage = tensor.untyped_storage()
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model(torch.tensor(1.0), cl_ids=ids, cl_lengths=lengths)["loss"]
+        loss.backward()
+        gradients = {
+            name: parameter.grad
+            for name, parameter in model.named_parameters()
+            if parameter.grad is not None
+        }
+        return loss.item(), gradients, sum(kept.values())
+
+    loss, gradients, whole = run(16, None)
+    in_parts, same_gradients, kept = run(16, 4)
+    assert in_parts == pytest.approx(loss, abs=1e-5)
+    assert gradients.keys() == same_gradients.keys()
+    for name, gradient in gradients.items():
+        assert_near(same_gradients[name], gradient, name)
+    twice = run(32, 4)[2]
+    assert kept < whole / 4
+    assert twice - kept < (run(32, None)[2] - whole) / 8

@@ -1,0 +1,38 @@
+"""``gem-vllm export``: a checkpoint in the form that another library loads."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gem_vllm.errors import GemError
+
+
+class Form(StrEnum):
+    sentence_transformers = "sentence-transformers"
+
+
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A GEM checkpoint.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    to: Annotated[Form, typer.Option(help="Whose form.")] = Form.sentence_transformers,
+) -> None:
+    """Write a checkpoint for sentence-transformers, and so for what builds on it.
+
+    SentenceTransformer(FOLDER, trust_remote_code=True) loads the folder where gem-vllm is
+    installed, and gives the vectors that the engine gives.
+    """
+    try:
+        import sentence_transformers  # noqa: F401
+    except ImportError as error:
+        raise GemError(
+            "gem-vllm export needs sentence-transformers; install it with: "
+            "pip install 'gem-vllm[eval]'"
+        ) from error
+    from gem_vllm.sentence_transformer import export as export_checkpoint
+
+    export_checkpoint(checkpoint, out)
+    typer.echo(out)
