@@ -104,13 +104,15 @@ def cpu_name() -> str:
 
 
 def commit() -> str:
-    """The checkout's commit, with a note where files differ from it."""
+    """The checkout's commit, with a note where files, results apart, differ from it."""
 
     def git(*command: str) -> str:
         done = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True)
         return done.stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no")
+    changed = git(
+        "status", "--porcelain", "--untracked-files=no", "--", ":(exclude)benchmarks/results"
+    )
     return (git("rev-parse", "HEAD") or "unknown") + (", with changes" if changed else "")
 
 

@@ -44,7 +44,7 @@ class GemModule(InputModule):
         kind = AdapterModel if self.gem_config.train_mode == "adapter" else DenseModel
         special_ids = self.gem_config.special_token_ids
         self.model = kind(model, special_ids, self.gem_config.pooling, scale=1.0, symmetric=False)
-        self.model.requires_grad_(False)
+        self.model.requires_grad_(False).to(dtype)
         self.max_seq_length = self.model.config.max_position_embeddings - self.gem_config.k
 
     def preprocess(
