@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,21 +15,26 @@ from gem_vllm.errors import GemError
 from gem_vllm.training.data import TextSource, shuffled
 from gem_vllm.training.losses import alpha_at
 from gem_vllm.training.options import TrainOptions
+from gem_vllm.training.pairs import PairSource
 from gem_vllm.training.positives import MIN_SPAN_TOKENS, cloze_pair, dropout_pair, span_pair
 from gem_vllm.training.sequences import Template, mixed_sequence, pad
 
 TOKENIZE_AT_ONCE = 256
+NEGATIVES_PER_PAIR = 4
 
 
 class TrainBatches(IterableDataset):
     """The batches of steps ``start_step`` to ``options.steps - 1``.
 
-    A batch is a dict: ``alpha`` (float32 scalar); where alpha > 0, ``cl_ids`` int64 [2N, T] and
-    ``cl_lengths`` [2N], N anchors and then their N positives; where alpha < 1, ``ntp_ids`` and
-    ``ntp_lengths``, N rows of mixed next-token prediction. Rows are right-padded.
+    A batch is a dict: ``alpha`` (float32 scalar); where alpha > 0, ``cl_ids`` int64 [2N + M, T] and
+    ``cl_lengths`` [2N + M], N anchors, their N positives, and M negatives of labelled pairs;
+    ``cl_pairs`` is N; where alpha < 1, ``ntp_ids`` and ``ntp_lengths``, N rows of mixed next-token
+    prediction. Rows are right-padded.
 
     Several sources take turns, one batch each. ``mix`` takes shares of its batches from the first
     source, as spans and as cloze pairs, and the others from the last, with dropout, evenly spread.
+    A share of all contrastive batches is of labelled pairs, where there are some.
+
     What is random in step s is drawn from (seed, s), and texts are read again from the start when
     they run out, in another order.
     """
@@ -40,6 +46,7 @@ class TrainBatches(IterableDataset):
         self.start_step = 0
         self.template = plain_prompt_template(tokenizer)
         self.sources = [TextSource(spec, options.text_field) for spec in options.data]
+        self.pairs = None if options.pairs is None else PairSource(Path(options.pairs))
         self.max_content = (
             options.max_tokens
             - len(special_ids)
@@ -48,11 +55,29 @@ class TrainBatches(IterableDataset):
         )
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        options = self.options
         streams = [self._contents(index) for index in range(len(self.sources))]
-        for step, (kind, source) in zip(range(self.options.steps), self._turns(), strict=False):
-            contents = [next(streams[source]) for _ in range(self.options.batch_size)]
-            if step >= self.start_step:
-                yield self._batch(contents, step, kind)
+        turns, pairs, pairs_taken = self._turns(), self._labelled(), 0
+        for step in range(options.steps):
+            rng = random.Random(f"{options.seed}/{step}")
+            alpha = self._alpha(step)
+            labelled: list[list[list[int]]] = []
+            if alpha > 0.0 and self.pairs and options.pairs_share * (step + 1) > pairs_taken:
+                labelled = [next(pairs) for _ in range(options.batch_size)]
+                pairs_taken += 1
+            contents: list[list[int]] = []
+            if not labelled or alpha < 1.0:
+                kind, source = next(turns)
+                contents = [next(streams[source]) for _ in range(options.batch_size)]
+            if step < self.start_step:
+                continue
+            batch = {"alpha": torch.tensor(alpha)}
+            if alpha > 0.0:
+                rows = labelled or [self._pair(content, kind, rng) for content in contents]
+                batch |= self._contrastive(rows)
+            if alpha < 1.0:
+                batch |= self._next_token(contents, rng)
+            yield batch
 
     def check(self) -> None:
         """Read the first batch of every source; raise GemError where that cannot be done."""
@@ -61,6 +86,15 @@ class TrainBatches(IterableDataset):
             stream = self._contents(index)
             for _ in range(self.options.batch_size):
                 next(stream)
+        if self.pairs:
+            self.pairs.check()
+            next(self._labelled())
+
+    def _alpha(self, step: int) -> float:
+        options = self.options
+        return alpha_at(
+            step, options.alpha_schedule, value=options.alpha, switch_step=options.alpha_steps
+        )
 
     def _turns(self) -> Iterator[tuple[str, int]]:
         """Kind of pair and source of each step."""
@@ -103,44 +137,48 @@ class TrainBatches(IterableDataset):
         if chunk:
             yield from self.tokenizer(chunk, add_special_tokens=False)["input_ids"]
 
-    def _batch(self, contents: list[list[int]], step: int, kind: str) -> dict[str, torch.Tensor]:
-        options, rng = self.options, random.Random(f"{self.options.seed}/{step}")
-        alpha = alpha_at(
-            step,
-            options.alpha_schedule,
-            value=options.alpha,
-            switch_step=options.alpha_steps,
-        )
-        batch = {"alpha": torch.tensor(alpha)}
-        if alpha > 0.0:
-            pairs = [self._pair(content, kind, rng) for content in contents]
-            rows = [self.template.wrap(pair[side]) for side in (0, 1) for pair in pairs]
-            batch["cl_ids"], batch["cl_lengths"] = pad(rows)
-        if alpha < 1.0:
-            rows = [
-                mixed_sequence(
-                    content,
-                    self.special_ids,
-                    self.template,
-                    raw_share=options.raw_share,
-                    reconstruction_share=options.reconstruction_share,
-                    max_tokens=options.max_tokens,
-                    rng=rng,
-                )
-                for content in contents
-            ]
-            batch["ntp_ids"], batch["ntp_lengths"] = pad(rows)
-        return batch
+    def _labelled(self) -> Iterator[list[list[int]]]:
+        """Token ids of labelled pairs, each with some of its negatives, for ever."""
+        epoch = 0
+        while self.pairs:
+            rng = random.Random(f"{self.options.seed}/pairs/{epoch}")
+            for anchor, positive, *negatives in shuffled(self.pairs, rng):
+                kept = rng.sample(negatives, min(len(negatives), NEGATIVES_PER_PAIR))
+                ids = self.tokenizer([anchor, positive, *kept], add_special_tokens=False)
+                yield [row[: self.max_content] for row in ids["input_ids"]]
+            epoch += 1
 
-    def _pair(
-        self, content: list[int], kind: str, rng: random.Random
-    ) -> tuple[list[int], list[int]]:
-        if kind == "spans":
-            return span_pair(content, rng)
-        if kind == "cloze":
-            return cloze_pair(content, rng)
+    def _contrastive(self, pairs: list[list[list[int]]]) -> dict[str, torch.Tensor]:
+        rows = [pair[side] for side in (0, 1) for pair in pairs]
+        rows += [negative for pair in pairs for negative in pair[2:]]
+        ids, lengths = pad([self.template.wrap(row) for row in rows])
+        return {"cl_ids": ids, "cl_lengths": lengths, "cl_pairs": torch.tensor(len(pairs))}
+
+    def _next_token(self, contents: list[list[int]], rng: random.Random) -> dict[str, torch.Tensor]:
         options = self.options
-        return dropout_pair(content, options.drop_rate, rng, anchor_rate=options.anchor_drop_rate)
+        rows = [
+            mixed_sequence(
+                content,
+                self.special_ids,
+                self.template,
+                raw_share=options.raw_share,
+                reconstruction_share=options.reconstruction_share,
+                max_tokens=options.max_tokens,
+                rng=rng,
+            )
+            for content in contents
+        ]
+        ids, lengths = pad(rows)
+        return {"ntp_ids": ids, "ntp_lengths": lengths}
+
+    def _pair(self, content: list[int], kind: str, rng: random.Random) -> list[list[int]]:
+        if kind == "spans":
+            return [*span_pair(content, rng)]
+        if kind == "cloze":
+            return [*cloze_pair(content, rng)]
+        options = self.options
+        rate, anchor_rate = options.drop_rate, options.anchor_drop_rate
+        return [*dropout_pair(content, rate, rng, anchor_rate=anchor_rate)]
 
 
 def plain_prompt_template(tokenizer: Any) -> Template:

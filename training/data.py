@@ -9,12 +9,14 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from gem_vllm.errors import GemError
 
 SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz")
 SHUFFLE_BUFFER = 8192
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -114,10 +116,10 @@ def _text_of(row: Any, field: str, where: str) -> str:
 
 
 def shuffled(
-    texts: Iterable[str], rng: random.Random, *, buffer_size: int = SHUFFLE_BUFFER
-) -> Iterator[str]:
+    texts: Iterable[T], rng: random.Random, *, buffer_size: int = SHUFFLE_BUFFER
+) -> Iterator[T]:
     """Yield ``texts`` in a random order, holding at most ``buffer_size`` of them in memory."""
-    buffer: list[str] = []
+    buffer: list[T] = []
     for text in texts:
         if len(buffer) < buffer_size:
             buffer.append(text)

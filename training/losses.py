@@ -33,17 +33,22 @@ def info_nce(
     log_temperature: torch.Tensor,
     *,
     symmetric: bool,
+    negatives: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """InfoNCE over a batch: row i's positive is row i, every other row is a negative.
 
-    anchors, positives: [N, d], float32, L2-normalised. log_temperature: scalar lambda, clamped to
+    anchors, positives: [N, d], float32, L2-normalised; negatives: [M, d], further ones for all
+    anchors. log_temperature: scalar lambda, clamped to
     [0, log 100]; the similarity is the cosine times exp(lambda). ``symmetric`` averages both
     directions (ours); otherwise anchors look for their positives (the paper). Returns a scalar.
     """
     scale = log_temperature.clamp(0.0, MAX_LOG_TEMPERATURE).exp()
     similarity = scale * anchors @ positives.T
     target = torch.arange(len(anchors), device=anchors.device)
-    loss = F.cross_entropy(similarity, target)
+    all_similar = similarity
+    if negatives is not None and len(negatives):
+        all_similar = torch.cat([similarity, scale * anchors @ negatives.T], dim=1)
+    loss = F.cross_entropy(all_similar, target)
     if symmetric:
         loss = 0.5 * (loss + F.cross_entropy(similarity.T, target))
     return loss

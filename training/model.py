@@ -82,6 +82,7 @@ class GemTrainingModel(nn.Module, ABC):
         alpha: torch.Tensor,
         cl_ids: torch.Tensor | None = None,
         cl_lengths: torch.Tensor | None = None,
+        cl_pairs: torch.Tensor | None = None,
         ntp_ids: torch.Tensor | None = None,
         ntp_lengths: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
@@ -97,9 +98,14 @@ class GemTrainingModel(nn.Module, ABC):
         if cl_ids is not None and cl_lengths is not None:
             states = self._contrastive_states(cl_ids, cl_lengths)
             with torch.autocast(states.device.type, enabled=False):
-                anchors, positives = pool(states, self.pooling).chunk(2)
+                pooled = pool(states, self.pooling)
+                count = len(pooled) // 2 if cl_pairs is None else int(cl_pairs)
                 losses["loss_cl"] = info_nce(
-                    anchors, positives, self.log_temperature, symmetric=self.symmetric
+                    pooled[:count],
+                    pooled[count : 2 * count],
+                    self.log_temperature,
+                    symmetric=self.symmetric,
+                    negatives=pooled[2 * count :],
                 )
             total = total + alpha * losses["loss_cl"]
         return {"loss": total, **losses}

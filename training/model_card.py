@@ -91,12 +91,13 @@ def command_line(options: TrainOptions) -> str:
     for spec in options.data:
         words += [flag("data"), Path(spec).name]
     words += [flag("out"), options.out.name]
-    if options.held_out_pairs is not None:
-        words += [flag("held_out_pairs"), Path(options.held_out_pairs).name]
+    for name in ("pairs", "held_out_pairs"):
+        if (file := getattr(options, name)) is not None:
+            words += [flag(name), Path(file).name]
     defaults = TrainOptions(
         base=options.base, data=options.data, out=options.out, mode=options.mode
     )
-    left_out = {"base", "data", "held_out_pairs", *FREE_ON_RESUME}
+    left_out = {"base", "data", "pairs", "held_out_pairs", *FREE_ON_RESUME}
     if options.held_out_pairs is not None:
         left_out -= {"save_every", "patience"}  # which checkpoints there are to choose from
     for field in dataclasses.fields(options):

@@ -41,6 +41,8 @@ class TrainOptions:
     special_tokens: int = 1
     pooling: str = "mean"
     text_field: str = "text"
+    pairs: str | None = None
+    pairs_share: float = 0.25
     held_out_pairs: str | None = None
     patience: int | None = None
     steps: int = 1000
@@ -137,6 +139,7 @@ class TrainOptions:
             "warmup_share",
             "span_share",
             "cloze_share",
+            "pairs_share",
         ):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise GemError(f"{flag(name)} must be from 0 to 1")

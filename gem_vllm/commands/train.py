@@ -75,6 +75,16 @@ def train(
     text_field: Annotated[
         str, typer.Option(help="The field of a .jsonl file or a dataset that holds the text.")
     ] = "text",
+    pairs: Annotated[
+        str | None,
+        typer.Option(
+            help="Labelled pairs, where there are some: a .jsonl file, also .gz, with anchor, "
+            "positive and, if there are any, negative (a text or a list)."
+        ),
+    ] = None,
+    pairs_share: Annotated[
+        float, typer.Option(help="Share of the contrastive batches that are of --pairs.")
+    ] = 0.25,
     held_out_pairs: Annotated[
         str | None,
         typer.Option(
@@ -243,6 +253,8 @@ def train(
         special_tokens=special_tokens,
         pooling=pooling.value,
         text_field=text_field,
+        pairs=pairs,
+        pairs_share=pairs_share,
         held_out_pairs=held_out_pairs,
         patience=patience,
         steps=steps,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from itertools import islice, pairwise
 from pathlib import Path
@@ -58,7 +59,7 @@ def test_another_seed_gives_other_batches(make: Make) -> None:
 
 def test_alpha_decides_what_a_batch_holds(make: Make) -> None:
     batches = list(make(alpha_schedule="linear", alpha_steps=10, raw_share=0.5))
-    contrastive, ntp = {"cl_ids", "cl_lengths"}, {"ntp_ids", "ntp_lengths"}
+    contrastive, ntp = {"cl_ids", "cl_lengths", "cl_pairs"}, {"ntp_ids", "ntp_lengths"}
     assert batches[0].keys() == {"alpha"} | ntp
     assert batches[5].keys() == {"alpha"} | ntp | contrastive
     assert batches[10].keys() == {"alpha"} | contrastive
@@ -105,3 +106,61 @@ def test_too_few_texts_are_refused(make: Make, tmp_path: Path) -> None:
     few.write_text("a\n" * 50 + "the lazy dog of the old stone bridge\n" * 3)
     with pytest.raises(GemError, match="holds 3 texts of at least 8 tokens"):
         make(data=(str(few),)).check()
+
+
+def write_pairs(folder: Path, rows: list[Any]) -> str:
+    file = folder / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def test_labelled_pairs_take_their_share(make: Make, tmp_path: Path) -> None:
+    pairs = [
+        {"anchor": "the river", "positive": "a bridge", "negative": ["bread"] * (number % 3)}
+        for number in range(9)
+    ]
+    file = write_pairs(tmp_path, pairs)
+    batches = make(add_bos=False, pairs=file, pairs_share=0.25)
+    river = batches.tokenizer("the river", add_special_tokens=False)["input_ids"]
+    for step, batch in enumerate(batches):
+        rows = [
+            row[:length].tolist()
+            for row, length in zip(batch["cl_ids"], batch["cl_lengths"], strict=True)
+        ]
+        assert batch["cl_pairs"] == 16
+        assert all(row == river for row in rows[:16]) == (step % 4 == 0)
+        assert (len(rows) > 32) == (step % 4 == 0), "negatives come with labelled pairs only"
+    later = make(add_bos=False, pairs=file, pairs_share=0.25)
+    later.start_step = 6
+    whole = list(make(add_bos=False, pairs=file, pairs_share=0.25))
+    assert all(same(*two) for two in zip(whole[6:], later, strict=True))
+
+
+def test_labelled_pairs_leave_the_other_batches_as_they_are(make: Make, tmp_path: Path) -> None:
+    file = write_pairs(tmp_path, [{"anchor": "the river", "positive": "a bridge"}])
+    ntp = list(make(alpha_schedule="constant", alpha=0.5, raw_share=0.5))
+    both = list(make(alpha_schedule="constant", alpha=0.5, raw_share=0.5, pairs=file))
+    names = ("ntp_ids", "ntp_lengths")
+    assert both[0]["cl_ids"].shape != ntp[0]["cl_ids"].shape
+    assert same(*({name: batches[1][name] for name in names} for batches in (ntp, both)))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"anchor": "a"}, "line 1: expected an object with anchor, positive"),
+        (["a", "b"], "line 1: expected an object"),
+        ({"anchor": "a", "positive": " "}, "texts that are not empty"),
+        ({"anchor": "a", "positive": "b", "negative": [1]}, "texts that are not empty"),
+    ],
+)
+def test_bad_pairs_are_refused(row: Any, message: str, make: Make, tmp_path: Path) -> None:
+    with pytest.raises(GemError, match=message):
+        make(pairs=write_pairs(tmp_path, [row])).check()
+
+
+def test_files_of_pairs_that_cannot_be_read_are_refused(make: Make, tmp_path: Path) -> None:
+    with pytest.raises(GemError, match=r"give a .jsonl"):
+        make(pairs=str(tmp_path / "missing.jsonl")).check()
+    with pytest.raises(GemError, match="holds no pair"):
+        make(pairs=write_pairs(tmp_path, [])).check()

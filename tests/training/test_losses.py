@@ -31,6 +31,20 @@ def test_info_nce_is_its_formula() -> None:
     assert float(both) == pytest.approx(float(one_way + other_way) / 2, rel=1e-5)
 
 
+def test_info_nce_with_further_negatives_is_its_formula() -> None:
+    anchors, positives, negatives = unit(5, 8, seed=0), unit(5, 8, seed=1), unit(3, 8, seed=2)
+    scale = torch.tensor(math.log(20.0))
+    candidates = torch.cat([positives, negatives])
+    by_hand = 0.0
+    for i in range(5):
+        scores = [20.0 * float(anchors[i] @ candidates[j]) for j in range(8)]
+        by_hand += math.log(sum(map(math.exp, scores))) - scores[i]
+    found = info_nce(anchors, positives, scale, symmetric=False, negatives=negatives)
+    assert float(found) == pytest.approx(by_hand / 5, rel=1e-5)
+    none = info_nce(anchors, positives, scale, symmetric=True, negatives=negatives[:0])
+    assert float(none) == float(info_nce(anchors, positives, scale, symmetric=True))
+
+
 @pytest.mark.parametrize(("given", "used"), [(-1.0, 0.0), (9.0, math.log(100))])
 def test_temperature_is_clamped(given: float, used: float) -> None:
     pair = unit(4, 8, seed=0), unit(4, 8, seed=1)

@@ -15,7 +15,7 @@ from gem_vllm.config import GemConfig
 from gem_vllm.reference import ReferenceEmbedder
 from gem_vllm.training.adapter_model import AdapterModel, add_adapter, special_rows
 from gem_vllm.training.dense_model import DenseModel
-from gem_vllm.training.losses import pool
+from gem_vllm.training.losses import info_nce, pool
 from gem_vllm.training.model import GemTrainingModel
 from gem_vllm.training.sequences import IGNORE, next_token_targets, pad
 from tests.tiny import FAMILIES
@@ -274,3 +274,16 @@ def test_parts_of_a_batch_give_the_same_gradients_and_keep_nothing(
     twice = run(32, 4)[2]
     assert kept < whole / 4
     assert twice - kept < (run(32, None)[2] - whole) / 8
+
+
+def test_negatives_of_labelled_pairs_count(tiny_base: Callable[..., Path]) -> None:
+    model, _ = make_model(tiny_base("llama"), AdapterModel)
+    ids, lengths = pad(random_texts((31, 12, 5, 18, 9)))
+    batch = {"alpha": torch.tensor(1.0), "cl_ids": ids, "cl_lengths": lengths}
+    found = model(**batch, cl_pairs=torch.tensor(2))["loss"]
+    pooled = pool(model.special_states(ids, lengths), "mean")
+    anchors, positives, negatives = pooled[:2], pooled[2:4], pooled[4:]
+    expected = info_nce(
+        anchors, positives, model.log_temperature, symmetric=False, negatives=negatives
+    )
+    torch.testing.assert_close(found, expected)
