@@ -10,7 +10,7 @@ import pytest
 from gem_vllm import cli
 from gem_vllm.errors import GemError
 
-SUBCOMMANDS = ("fetch", "train", "adapter", "embed", "demo")
+SUBCOMMANDS = ("fetch", "train", "adapter", "embed", "serve", "key", "evaluate", "export", "demo")
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
