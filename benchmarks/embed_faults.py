@@ -29,10 +29,11 @@ import psutil
 import pyarrow.dataset
 from embed_faults_report import FAULTS, ROUNDS, markdown
 from embed_job import read
-from engine_facts import ROOT, commit, cpu_name, shown_command
+from engine_facts import ROOT, commit, shown_command
 from raylets import Raylets, kill, raylets
 
 from gem_vllm.errors import GemError
+from gem_vllm.machine import cpu_name
 
 NODES = 2
 ROWS_PER_SHARD = 1000

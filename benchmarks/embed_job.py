@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from engine_facts import commit, cpu_name, shown_command
+from engine_facts import commit, shown_command
 
 from gem_vllm.errors import GemError
-from gem_vllm.machine import serve_dtype, serve_environment
+from gem_vllm.machine import cpu_name, serve_dtype, serve_environment
 from gem_vllm.serving.job import run_embed_job
 from gem_vllm.serving.options import EmbedOptions, ReplicaOptions
 

@@ -24,9 +24,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
-from engine_facts import ROOT, commit, cpu_name, shown_command
+from engine_facts import ROOT, commit, shown_command
 
 from gem_vllm.errors import GemError
+from gem_vllm.machine import cpu_name
 from gem_vllm.serving.job import FOOTER_READERS, SHARD_ROWS
 from gem_vllm.serving.manifest import DONE, OutputFolder
 from gem_vllm.serving.options import ReplicaOptions

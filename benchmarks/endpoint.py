@@ -36,13 +36,13 @@ from endpoint_servers import (
     idle_cores,
     vllm_serve,
 )
-from engine_facts import ROOT, commit, cpu_name, read_texts, shown_command
+from engine_facts import ROOT, commit, read_texts, shown_command
 from engine_loads import mixed_amounts
 
 from gem_vllm.config import GemConfig
 from gem_vllm.demo.processes import terminated_like_interrupted
 from gem_vllm.errors import GemError
-from gem_vllm.machine import serve_dtype
+from gem_vllm.machine import cpu_name, serve_dtype
 
 PARTS = (*TASK_NAMES, "swing")
 IN_FLIGHT = (32, 256)

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from engine_facts import commit, cpu_name, read_texts, shown_command, weight_bytes
+from engine_facts import commit, read_texts, shown_command, weight_bytes
 from engine_loads import (
     EMBEDDINGS_IN_FLIGHT,
     FIRST_AMOUNTS,
@@ -43,7 +43,7 @@ from engine_report import GENERATIONS, MIXED_TARGETS, PEER_OF, UNITS, markdown, 
 from gem_vllm.config import GemConfig
 from gem_vllm.demo.processes import terminated_like_interrupted
 from gem_vllm.errors import GemError
-from gem_vllm.machine import serve_dtype
+from gem_vllm.machine import cpu_name, serve_dtype
 
 ROOT = Path(__file__).resolve().parents[1]
 # A vLLM worker spins for a second behind its last step before it sleeps.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import platform
 import shlex
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -13,7 +12,6 @@ from typing import Any
 from safetensors import safe_open
 
 from gem_vllm.errors import GemError
-from gem_vllm.machine import CPUINFO
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = ROOT / "examples" / "wikipedia_train.txt"
@@ -89,18 +87,6 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Sequence[int], str]]:
             for name in weights.keys():  # noqa: SIM118 (not a mapping)
                 tensor = weights.get_slice(name)
                 yield name, tensor.get_shape(), tensor.get_dtype()
-
-
-def cpu_name() -> str:
-    """The processor's model name, and its widest vector units that matter here."""
-    if not CPUINFO.is_file():
-        return platform.processor() or platform.machine()
-    text = CPUINFO.read_text(encoding="utf-8", errors="replace")
-    names = [line.split(":", 1)[1].strip() for line in text.splitlines() if "model name" in line]
-    flags = set(text.split())
-    known = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
-    unit = next((flag for flag in known if flag in flags), "no AVX2")
-    return f"{names[0] if names else platform.machine()} ({unit})"
 
 
 def commit() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -35,6 +36,18 @@ def serve_environment() -> dict[str, str]:
         )
         env["LD_PRELOAD"] = ":".join((str(openmp), *others))
     return env
+
+
+def cpu_name() -> str:
+    """The processor's model name, and its widest vector units that matter here."""
+    if not CPUINFO.is_file():
+        return platform.processor() or platform.machine()
+    text = CPUINFO.read_text(encoding="utf-8", errors="replace")
+    names = [line.split(":", 1)[1].strip() for line in text.splitlines() if "model name" in line]
+    flags = set(text.split())
+    known = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
+    unit = next((flag for flag in known if flag in flags), "no AVX2")
+    return f"{names[0] if names else platform.machine()} ({unit})"
 
 
 def is_cpu_build() -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -12,9 +11,10 @@ from typing import Any
 from mteb.abstasks import AbsTask
 
 from gem_vllm.evaluation.language import macro_accuracy
-from gem_vllm.evaluation.options import EvaluateOptions
+from gem_vllm.evaluation.options import MAX_MODEL_LEN, EvaluateOptions
 from gem_vllm.folders import write_json
-from gem_vllm.machine import serve_dtype
+from gem_vllm.machine import cpu_name, has_cuda, serve_dtype
+from gem_vllm.training.model_card import source_commit
 
 PACKAGES = ("gem-vllm", "mteb", "lm-eval", "vllm", "torch", "transformers")
 PERPLEXITY = "word_perplexity,none"
@@ -73,14 +73,21 @@ def _about(options: EvaluateOptions) -> dict[str, str]:
     about = {
         "model": Path(options.model).name + (" (served)" if options.url else ""),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, {serve_dtype()} as the engine's dtype unless given",
-        "engine": str(options.engine or "defaults"),
+        "hardware": _hardware(),
+        "engine": str({"dtype": serve_dtype(), "max_model_len": MAX_MODEL_LEN, **options.engine}),
         "prompts": str(options.prompts or "none"),
+        "commit": source_commit() or "none",
         "versions": ", ".join(f"{package} {version(package)}" for package in PACKAGES),
     }
     if options.limit is not None:
         about["limit"] = f"a quick look: {options.limit} rows or queries of each task"
     return about
+
+
+def _hardware() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if has_cuda() else cpu_name()
 
 
 def _markdown(result: dict[str, Any], columns: list[Column]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,13 @@ from gem_vllm.evaluation.encoder import (
 )
 from gem_vllm.evaluation.language import mmlu_tasks, perplexity_tasks, run_language_tasks
 from gem_vllm.evaluation.local_tasks import find_tasks, local_task
-from gem_vllm.evaluation.options import PROMPT_TYPES, EvaluateOptions
+from gem_vllm.evaluation.options import MAX_MODEL_LEN, PROMPT_TYPES, EvaluateOptions
 from gem_vllm.evaluation.report import Column, write_report
 from gem_vllm.folders import folder_sha256, write_json
 from gem_vllm.machine import serve_dtype, serve_environment
 
 BOUND_FILE = "options.json"
 REVISION_CHARACTERS = 16
-# For both columns: perplexity depends on it, and texts of an embedding task are cut there.
-MAX_MODEL_LEN = 2048
 
 Report = Callable[[str], None]
 
@@ -219,11 +217,11 @@ def _lazy_engine(
     def engine() -> Any:
         if not started:
             report(f"{Path(model).name}: starting vLLM")
-            os.environ.update(serve_environment())
             from vllm import LLM
 
             arguments = {"dtype": serve_dtype(), "max_model_len": MAX_MODEL_LEN, **options.engine}
-            started.append(LLM(model, **arguments))
+            with _environment(serve_environment()):
+                started.append(LLM(model, **arguments))
         return started[0]
 
     try:
@@ -231,3 +229,18 @@ def _lazy_engine(
     finally:
         for llm in started:
             llm.llm_engine.engine_core.shutdown()
+
+
+@contextlib.contextmanager
+def _environment(wanted: Mapping[str, str]) -> Iterator[None]:
+    """For the processes that are started meanwhile."""
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
