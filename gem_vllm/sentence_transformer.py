@@ -85,13 +85,14 @@ class GemModule(InputModule):
         if not folder.is_dir():
             from huggingface_hub import snapshot_download
 
-            names = ("revision", "token", "local_files_only")
-            options = {name: kwargs.get(name) for name in names if kwargs.get(name) is not None}
-            folder = Path(
-                snapshot_download(
-                    model_name_or_path, cache_dir=kwargs.get("cache_folder"), **options
-                )
+            downloaded = snapshot_download(
+                model_name_or_path,
+                revision=kwargs.get("revision"),
+                token=kwargs.get("token"),
+                cache_dir=kwargs.get("cache_folder"),
+                local_files_only=bool(kwargs.get("local_files_only")),
             )
+            folder = Path(downloaded)
         wanted = kwargs.get("model_kwargs") or {}
         dtype = wanted.get("dtype", wanted.get("torch_dtype", torch.float32))
         if isinstance(dtype, str):

@@ -25,11 +25,13 @@ class Column:
     """One model's results.
 
     Attributes:
+        key: in ``results.json``, ``base`` or ``gem``.
         title: of the column.
         embedding: main scores by task.
         language: lm-eval's results by kind, ``mmlu`` and ``perplexity``.
     """
 
+    key: str
     title: str
     embedding: dict[str, float]
     language: dict[str, dict[str, Any]]
@@ -57,11 +59,11 @@ def write_report(options: EvaluateOptions, tasks: list[AbsTask], columns: list[C
                 "type": task.metadata.type,
                 "metric": task.metadata.main_score,
                 "split": task.eval_splits[0],
-                **{column.title: column.embedding[task.metadata.name] for column in columns},
+                **{column.key: column.embedding[task.metadata.name] for column in columns},
             }
             for task in tasks
         },
-        "language": {column.title: column.language_scores() for column in columns},
+        "language": {column.key: column.language_scores() for column in columns},
     }
     write_json(options.out / "results.json", result)
     (options.out / "results.md").write_text(_markdown(result, columns), encoding="utf-8")
@@ -75,6 +77,7 @@ def _about(options: EvaluateOptions) -> dict[str, str]:
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "hardware": _hardware(),
         "engine": str({"dtype": serve_dtype(), "max_model_len": MAX_MODEL_LEN, **options.engine}),
+        **({} if options.base is None else {"base": "embeds by mean pooling, in float32"}),
         "prompts": str(options.prompts or "none"),
         "commit": source_commit() or "none",
         "versions": ", ".join(f"{package} {version(package)}" for package in PACKAGES),
@@ -99,7 +102,7 @@ def _markdown(result: dict[str, Any], columns: list[Column]) -> str:
         lines += _row(["task", "metric", *titles, *(["gain"] if len(titles) > 1 else [])])
         lines += _row(["---"] * (2 + len(titles) + (len(titles) > 1)))
         for name, entry in result["embedding"].items():
-            scores = [entry[title] for title in titles]
+            scores = [entry[column.key] for column in columns]
             gain = [f"{scores[-1] - scores[0]:+.4f}"] if len(titles) > 1 else []
             metric = f"{entry['metric']} ({entry['split']})"
             lines += _row([name, metric, *(f"{score:.4f}" for score in scores), *gain])
@@ -109,8 +112,8 @@ def _markdown(result: dict[str, Any], columns: list[Column]) -> str:
         lines += _row(["as an LLM", *titles]) + _row(["---"] * (1 + len(titles)))
         for name in names:
             cells = []
-            for title in titles:
-                value, error = result["language"][title][name]
+            for column in columns:
+                value, error = result["language"][column.key][name]
                 cells.append(f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}"))
             lines += _row([name, *cells])
         lines.append("")

@@ -54,7 +54,7 @@ def evaluate(options: EvaluateOptions, report: Report = lambda line: None) -> Pa
     _bind(options)
     columns = []
     if options.base is not None:
-        columns.append(_base_column(options, tasks, language, report))
+        columns.append(_base_column(options, options.base, tasks, language, report))
     columns.append(_gem_column(options, tasks, language, report))
     write_report(options, tasks, columns)
     return options.out
@@ -118,20 +118,22 @@ def _bind(options: EvaluateOptions) -> None:
 
 
 def _base_column(
-    options: EvaluateOptions, tasks: list[AbsTask], language: dict[str, list[Any]], report: Report
+    options: EvaluateOptions,
+    base: Path,
+    tasks: list[AbsTask],
+    language: dict[str, list[Any]],
+    report: Report,
 ) -> Column:
-    assert options.base is not None
-    name = options.base.resolve().name
-    revision = folder_sha256(options.base)[:REVISION_CHARACTERS]
-    column = Column(f"{name}, mean pooling", {}, {})
+    name = base.resolve().name
+    revision = folder_sha256(base)[:REVISION_CHARACTERS]
+    column = Column("base", name, {}, {})
 
     def embedder() -> Embedder:
         report(f"{name}: mean pooling of the base, float32")
-        length = options.engine.get("max_model_len", MAX_MODEL_LEN)
-        return MeanEmbedder(options.base, length)  # type: ignore[arg-type]
+        return MeanEmbedder(base, options.engine.get("max_model_len", MAX_MODEL_LEN))
 
     _embed(options, tasks, column, embedder, f"{name}-mean", revision)
-    with _lazy_engine(options, str(options.base), report) as engine:
+    with _lazy_engine(options, str(base), report) as engine:
         _speak(options, language, column, engine, f"{name}-{revision}")
     return column
 
@@ -140,7 +142,7 @@ def _gem_column(
     options: EvaluateOptions, tasks: list[AbsTask], language: dict[str, list[Any]], report: Report
 ) -> Column:
     name = Path(options.model).name
-    column = Column(name, {}, {})
+    column = Column("gem", name, {}, {})
     if options.url is not None:
         url = options.url
         report(f"{name}: embeddings from {url}")
