@@ -26,10 +26,11 @@ from gem_vllm.evaluation.local_tasks import find_tasks, local_task
 from gem_vllm.evaluation.options import MAX_MODEL_LEN, PROMPT_TYPES, EvaluateOptions
 from gem_vllm.evaluation.report import Column, write_report
 from gem_vllm.folders import folder_sha256, write_json
-from gem_vllm.machine import serve_dtype, serve_environment
+from gem_vllm.machine import is_cpu_build, serve_dtype, serve_environment
 
 BOUND_FILE = "options.json"
 REVISION_CHARACTERS = 16
+CPU_CACHE_BYTES = 2 << 30
 
 Report = Callable[[str], None]
 
@@ -221,7 +222,11 @@ def _lazy_engine(
             report(f"{Path(model).name}: starting vLLM")
             from vllm import LLM
 
-            arguments = {"dtype": serve_dtype(), "max_model_len": MAX_MODEL_LEN, **options.engine}
+            arguments: dict[str, Any] = {"dtype": serve_dtype(), "max_model_len": MAX_MODEL_LEN}
+            if is_cpu_build():
+                # Plain vLLM would want nearly all of the machine's memory.
+                arguments["kv_cache_memory_bytes"] = CPU_CACHE_BYTES
+            arguments |= options.engine
             with _environment(serve_environment()):
                 started.append(LLM(model, **arguments))
         return started[0]
