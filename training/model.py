@@ -82,9 +82,9 @@ class GemTrainingModel(nn.Module, ABC):
         alpha: torch.Tensor,
         cl_ids: torch.Tensor | None = None,
         cl_lengths: torch.Tensor | None = None,
-        cl_pairs: torch.Tensor | None = None,
         ntp_ids: torch.Tensor | None = None,
         ntp_lengths: torch.Tensor | None = None,
+        cl_pairs: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """A batch of ``TrainBatches`` to ``loss``, and ``loss_ntp`` and ``loss_cl`` where computed.
 

