@@ -144,7 +144,9 @@ def _plot(file: Path, result: dict[str, Any], columns: list[Column]) -> None:
     labels = [f"{name}\n{result['embedding'][name]['metric']}" for name in names]
     axes.set_yticks(range(len(names)), labels, fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.1)
+    lowest = min(score for column in columns for score in column.embedding.values())
+    # Room for the figures; a score may be below 0.
+    axes.set_xlim(lowest - 0.1 if lowest < 0 else 0, 1.1)
     if limit := result["about"].get("limit"):
         axes.set_title(limit, fontsize=9)
     axes.legend(fontsize=8, loc="lower right")
