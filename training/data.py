@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from gem_vllm.errors import GemError
 
@@ -88,12 +88,17 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
             raise GemError(f"{where}: not a JSON object: {error}") from error
 
 
+def open_text(path: Path) -> IO[str]:
+    """A file of UTF-8 text, also .gz, to be read."""
+    opener: Callable[..., Any] = gzip.open if path.name.endswith(".gz") else open
+    return opener(path, "rt", encoding="utf-8")
+
+
 def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Lines that are not blank, stripped, with their numbers from 1."""
-    opener: Callable[..., Any] = gzip.open if path.name.endswith(".gz") else open
     number = 0
     try:
-        with opener(path, "rt", encoding="utf-8") as lines:
+        with open_text(path) as lines:
             for number, line in enumerate(lines, start=1):
                 if line := line.strip():
                     yield number, line

@@ -10,8 +10,6 @@ from typing import Any
 from gem_vllm.errors import GemError
 from gem_vllm.training.data import is_jsonl, read_jsonl
 
-FIELDS = ("anchor", "positive", "negative")
-
 
 @dataclass(frozen=True)
 class PairSource:

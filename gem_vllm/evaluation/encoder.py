@@ -118,6 +118,19 @@ class MeanEmbedder:
         return np.stack([vectors[row] for row in range(len(ids))])
 
 
+def model_meta(name: str, revision: str, prompts: Mapping[str, str] | None) -> ModelMeta:
+    """What mteb keeps results by."""
+    return ModelMeta.create_empty(
+        {
+            "name": f"gem-vllm/{name}",
+            "revision": revision,
+            "similarity_fn_name": ScoringFunction.COSINE,
+            "use_instructions": bool(prompts),
+            "modalities": ["text"],
+        }
+    )
+
+
 class GemEncoder(AbsEncoder):
     """An `Embedder` as mteb wants one; the same text gets the same vector within a run.
 
@@ -133,15 +146,7 @@ class GemEncoder(AbsEncoder):
     ) -> None:
         self.model = embedder
         self.model_prompts = dict(prompts or {})
-        self.mteb_model_meta = ModelMeta.create_empty(
-            {
-                "name": f"gem-vllm/{name}",
-                "revision": revision,
-                "similarity_fn_name": ScoringFunction.COSINE,
-                "use_instructions": bool(prompts),
-                "modalities": ["text"],
-            }
-        )
+        self.mteb_model_meta = model_meta(name, revision, prompts)
         self._vectors: dict[str, np.ndarray] = {}
 
     def encode(

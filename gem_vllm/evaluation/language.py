@@ -14,7 +14,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from gem_vllm.errors import GemError
-from gem_vllm.training.data import read_jsonl
+from gem_vllm.training.data import open_text, read_jsonl
 
 MMLU_SHOTS = 5
 MMLU_FIELDS = ("subject", "question", "choices", "answer")
@@ -268,13 +268,10 @@ def _mmlu_rows(folder: Path, split: str) -> list[dict[str, Any]]:
 
 
 def _articles(file: Path) -> list[dict[str, str]]:
-    import gzip
-
     if not file.is_file():
         raise GemError(f"--perplexity {file} is not a file; or name hub, for lm-eval's own")
-    opener: Callable[..., Any] = gzip.open if file.suffix == ".gz" else open
     try:
-        with opener(file, "rt", encoding="utf-8") as lines:
+        with open_text(file) as lines:
             pages: list[list[str]] = []
             for line in lines:
                 words = line.split()

@@ -11,7 +11,6 @@ from gem_vllm.config import GemConfig
 from gem_vllm.errors import GemError
 from gem_vllm.folders import folder_sha256, read_json
 
-HUB = "hub"
 PROMPT_TYPES = ("query", "document")
 # Perplexity depends on it, and texts of an embedding task are cut there: the same for all models.
 MAX_MODEL_LEN = 2048

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,13 @@ from gem_vllm.evaluation.encoder import (
     GemEncoder,
     MeanEmbedder,
     ServerEmbedder,
+    model_meta,
 )
 from gem_vllm.evaluation.language import mmlu_tasks, perplexity_tasks, run_language_tasks
 from gem_vllm.evaluation.local_tasks import find_tasks, local_task
 from gem_vllm.evaluation.options import MAX_MODEL_LEN, PROMPT_TYPES, EvaluateOptions
 from gem_vllm.evaluation.report import Column, write_report
-from gem_vllm.folders import folder_sha256, write_json
+from gem_vllm.folders import write_json
 from gem_vllm.machine import is_cpu_build, serve_dtype, serve_environment
 
 BOUND_FILE = "options.json"
@@ -52,11 +54,13 @@ def evaluate(options: EvaluateOptions, report: Report = lambda line: None) -> Pa
     tasks = _embedding_tasks(options)
     language = _language_tasks(options)
     _check_prompts(options, tasks)
-    _bind(options)
+    bound = _bind(options)
     columns = []
     if options.base is not None:
-        columns.append(_base_column(options, options.base, tasks, language, report))
-    columns.append(_gem_column(options, tasks, language, report))
+        revision = bound["base"][:REVISION_CHARACTERS]
+        columns.append(_base_column(options, options.base, revision, tasks, language, report))
+    revision = "served" if options.url else bound["model"][:REVISION_CHARACTERS]
+    columns.append(_gem_column(options, revision, tasks, language, report))
     write_report(options, tasks, columns)
     return options.out
 
@@ -100,8 +104,8 @@ def _check_prompts(options: EvaluateOptions, tasks: list[AbsTask]) -> None:
         )
 
 
-def _bind(options: EvaluateOptions) -> None:
-    """Let the folder be this evaluation's, or raise GemError with what differs."""
+def _bind(options: EvaluateOptions) -> dict[str, Any]:
+    """Let the folder be this evaluation's, or raise GemError with what differs; to what it is."""
     file = options.out / BOUND_FILE
     bound = json.loads(json.dumps(options.bound()))
     if file.is_file():
@@ -116,17 +120,18 @@ def _bind(options: EvaluateOptions) -> None:
         raise GemError(f"--out {options.out} holds something else; choose a new or empty folder")
     options.out.mkdir(parents=True, exist_ok=True)
     write_json(file, bound)
+    return bound
 
 
 def _base_column(
     options: EvaluateOptions,
     base: Path,
+    revision: str,
     tasks: list[AbsTask],
     language: dict[str, list[Any]],
     report: Report,
 ) -> Column:
     name = base.resolve().name
-    revision = folder_sha256(base)[:REVISION_CHARACTERS]
     column = Column("base", name, {}, {})
 
     def embedder() -> Embedder:
@@ -140,17 +145,19 @@ def _base_column(
 
 
 def _gem_column(
-    options: EvaluateOptions, tasks: list[AbsTask], language: dict[str, list[Any]], report: Report
+    options: EvaluateOptions,
+    revision: str,
+    tasks: list[AbsTask],
+    language: dict[str, list[Any]],
+    report: Report,
 ) -> Column:
     name = Path(options.model).name
     column = Column("gem", name, {}, {})
     if options.url is not None:
-        url = options.url
-        report(f"{name}: embeddings from {url}")
-        make = lambda: ServerEmbedder(url, options.model, options.api_key)  # noqa: E731
-        _embed(options, tasks, column, make, name, "served")
+        report(f"{name}: embeddings from {options.url}")
+        server = partial(ServerEmbedder, options.url, options.model, options.api_key)
+        _embed(options, tasks, column, server, name, revision)
         return column
-    revision = folder_sha256(Path(options.model))[:REVISION_CHARACTERS]
     with _lazy_engine(options, options.model, report) as engine:
         _embed(options, tasks, column, lambda: EngineEmbedder(engine()), name, revision)
         _speak(options, language, column, engine, f"{name}-{revision}")
@@ -167,9 +174,9 @@ def _embed(
 ) -> None:
     """Run the embedding tasks that have no result yet."""
     cache = ResultCache(options.out / "mteb")
+    meta = model_meta(name, revision, options.prompts)
     encoder: GemEncoder | None = None
     for task in tasks:
-        meta = GemEncoder(_Nothing(), name, revision, options.prompts).mteb_model_meta
         result = cache.load_task_result(task.metadata.name, meta)
         if result is None or result.dataset_revision != task.metadata.revision:
             encoder = encoder or GemEncoder(embedder(), name, revision, options.prompts)
@@ -182,13 +189,6 @@ def _embed(
                 show_progress_bar=False,
             ).task_results
         column.embedding[task.metadata.name] = float(result.main_score)
-
-
-class _Nothing:
-    """Of an encoder that is only asked for its name."""
-
-    def embed(self, texts: list[str]) -> Any:
-        raise AssertionError("asked to embed")
 
 
 def _speak(
