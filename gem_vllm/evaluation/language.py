@@ -246,9 +246,9 @@ def macro_accuracy(results: dict[str, Any]) -> tuple[float, float]:
         if name.startswith("mmlu_") and name not in results.get("groups", {})
     ]
     mean = math.fsum(value["acc,none"] for value in subjects) / len(subjects)
-    errors = [float(value["acc_stderr,none"]) for value in subjects]
-    # lm-eval gives N/A for a subject of one question.
-    known = [error for error in errors if not math.isnan(error)]
+    errors = [value["acc_stderr,none"] for value in subjects]
+    # Of a subject of one question there is none.
+    known = [error for error in errors if error != "N/A"]
     return mean, math.sqrt(math.fsum(error**2 for error in known)) / len(subjects)
 
 

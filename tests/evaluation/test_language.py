@@ -130,6 +130,19 @@ def test_mmlu_and_perplexity_from_files(lm: EngineLM, mmlu_folder: Path, article
     assert found["results"]["wikitext"]["word_perplexity,none"] > 1
 
 
+def test_the_macro_average_leaves_groups_out_and_takes_a_subject_of_one_question() -> None:
+    results = {
+        "results": {
+            "mmlu_a": {"acc,none": 1.0, "acc_stderr,none": "N/A"},
+            "mmlu_b": {"acc,none": 0.5, "acc_stderr,none": 0.2},
+            "mmlu_stem": {"acc,none": 0.0, "acc_stderr,none": 0.9},
+            "wikitext": {"word_perplexity,none": 3.0},
+        },
+        "groups": {"mmlu_stem": {}},
+    }
+    assert macro_accuracy(results) == pytest.approx((0.75, 0.1))
+
+
 def test_missing_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(GemError, match=r"needs one file dev\*"):
         mmlu_tasks(str(tmp_path))
