@@ -36,12 +36,13 @@ def write_json(file: Path, value: dict[str, Any]) -> None:
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def folder_sha256(folder: Path) -> str:
-    """Of a folder: names and contents of all its files."""
+def content_sha256(path: Path) -> str:
+    """Of a folder: names and contents of all its files; of a file: its contents."""
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        digest.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode())
-        with path.open("rb") as file:
+    files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
+    for each in files:
+        digest.update(f"{each.relative_to(path)}\0{each.stat().st_size}\0".encode())
+        with each.open("rb") as file:
             while block := file.read(_HASH_BYTES):
                 digest.update(block)
     return digest.hexdigest()

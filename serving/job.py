@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import ray
 
 from gem_vllm.errors import GemError
-from gem_vllm.folders import folder_sha256
+from gem_vllm.folders import content_sha256
 from gem_vllm.serving.errors import JobError
 from gem_vllm.serving.inputs import InputFile, column_types, count_rows, list_files
 from gem_vllm.serving.manifest import (
@@ -67,7 +67,7 @@ def run_embed_job(
     start = time.monotonic()
     bound = {
         "input": fingerprint(files),
-        "checkpoint": folder_sha256(options.model),
+        "checkpoint": content_sha256(options.model),
         "options": options.decisive(),
     }
     with ray_cluster(replicas):

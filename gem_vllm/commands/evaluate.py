@@ -71,7 +71,7 @@ def evaluate(
             "gem-vllm evaluate needs mteb and lm-eval; install them with: "
             "pip install 'gem-vllm[eval]'"
         ) from error
-    from gem_vllm.commands.on_ray import json_object
+    from gem_vllm.commands.json_option import json_object
     from gem_vllm.evaluation.options import EvaluateOptions, read_prompts
     from gem_vllm.evaluation.run import evaluate as run_evaluation
 

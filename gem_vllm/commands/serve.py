@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from gem_vllm.commands.on_ray import json_object, require_ray
+from gem_vllm.commands.json_option import json_object
+from gem_vllm.commands.on_ray import require_ray
 
 
 def serve(

@@ -14,6 +14,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from gem_vllm.errors import GemError
+from gem_vllm.evaluation.options import HUB
 from gem_vllm.training.data import open_text, read_jsonl
 
 MMLU_SHOTS = 5
@@ -183,7 +184,7 @@ def mmlu_tasks(source: str) -> list[str | dict[str, Any]]:
 
     Raises GemError for a folder that does not hold them.
     """
-    if source == "hub":
+    if source == HUB:
         return ["mmlu"]
     folder = Path(source)
     found = {split: _mmlu_rows(folder, split) for split in MMLU_SPLITS}
@@ -210,7 +211,7 @@ def perplexity_tasks(source: str) -> list[str | dict[str, Any]]:
 
     A file is text of WikiText's form, also .gz: an article begins with a line `` = Title = ``.
     """
-    if source == "hub":
+    if source == HUB:
         return ["wikitext"]
     from lm_eval.tasks.wikitext.preprocess_wikitext import process_results, wikitext_detokenizer
 

@@ -33,7 +33,7 @@ from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.abstasks.text.summarization import AbsTaskSummarization
 
 from gem_vllm.errors import GemError
-from gem_vllm.folders import folder_sha256
+from gem_vllm.folders import content_sha256
 from gem_vllm.training.data import is_jsonl, read_jsonl
 
 Row = dict[str, Any]
@@ -225,7 +225,7 @@ def _make(
         name=folder.name,
         description=f"{kind} from a local folder.",
         type=kind,
-        dataset={"path": folder.name, "revision": folder_sha256(folder)},
+        dataset={"path": folder.name, "revision": content_sha256(folder)},
         eval_splits=[split],
         eval_langs=["eng-Latn"],
         main_score=MAIN_SCORES[kind],

@@ -9,11 +9,14 @@ from typing import Any
 
 from gem_vllm.config import GemConfig
 from gem_vllm.errors import GemError
-from gem_vllm.folders import folder_sha256, read_json
+from gem_vllm.folders import content_sha256, read_json
+from gem_vllm.machine import is_cpu_build, serve_dtype
 
 PROMPT_TYPES = ("query", "document")
 # Perplexity depends on it, and texts of an embedding task are cut there: the same for all models.
 MAX_MODEL_LEN = 2048
+CPU_CACHE_BYTES = 2 << 30
+HUB = "hub"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,16 +68,37 @@ class EvaluateOptions:
         if self.limit is not None and self.limit < 1:
             raise GemError("--limit must be at least 1")
 
+    def engine_options(self) -> dict[str, Any]:
+        """What vLLM's engine is told: ``engine`` over an evaluation's own defaults."""
+        defaults: dict[str, Any] = {"dtype": serve_dtype(), "max_model_len": MAX_MODEL_LEN}
+        if is_cpu_build():
+            # Plain vLLM would want nearly all of the machine's memory.
+            defaults["kv_cache_memory_bytes"] = CPU_CACHE_BYTES
+        return defaults | self.engine
+
     def bound(self) -> dict[str, Any]:
-        """What a result depends on; an evaluation goes on in a folder only where it is the same."""
+        """What a result depends on; an evaluation goes on in a folder only where it is the same.
+
+        What ``MAY_COME_LATER`` names is None where it is not given.
+        """
         values = {name: value for name, value in asdict(self).items() if name in _BOUND}
-        values["base"] = None if self.base is None else folder_sha256(self.base)
+        values |= {"base": None if self.base is None else content_sha256(self.base)}
+        values |= {"mmlu": _source_hash(self.mmlu), "perplexity": _source_hash(self.perplexity)}
         if self.url is None:
-            values["model"] = folder_sha256(Path(self.model))
+            values["model"] = content_sha256(Path(self.model))
         return values
 
 
+def _source_hash(source: str | None) -> str | None:
+    """Of the contents of a file or folder; ``hub`` stays what it is."""
+    if source is None or source == HUB:
+        return source
+    return content_sha256(Path(source))
+
+
 _BOUND = ("model", "url", "limit", "prompts", "engine")
+# One of these not given is no difference: what it brings is added to the others' results.
+MAY_COME_LATER = ("base", "mmlu", "perplexity")
 
 
 def read_prompts(text: str | None) -> dict[str, str]:

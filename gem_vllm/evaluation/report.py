@@ -11,9 +11,9 @@ from typing import Any
 from mteb.abstasks import AbsTask
 
 from gem_vllm.evaluation.language import macro_accuracy
-from gem_vllm.evaluation.options import MAX_MODEL_LEN, EvaluateOptions
+from gem_vllm.evaluation.options import EvaluateOptions
 from gem_vllm.folders import write_json
-from gem_vllm.machine import cpu_name, has_cuda, serve_dtype
+from gem_vllm.machine import cpu_name, has_cuda
 from gem_vllm.training.model_card import source_commit
 
 PACKAGES = ("gem-vllm", "mteb", "lm-eval", "vllm", "torch", "transformers")
@@ -76,7 +76,7 @@ def _about(options: EvaluateOptions) -> dict[str, str]:
         "model": Path(options.model).name + (" (served)" if options.url else ""),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "hardware": _hardware(),
-        "engine": str({"dtype": serve_dtype(), "max_model_len": MAX_MODEL_LEN, **options.engine}),
+        "engine": str(options.engine_options()),
         **({} if options.base is None else {"base": "embeds by mean pooling, in float32"}),
         "prompts": str(options.prompts or "none"),
         "commit": source_commit() or "none",

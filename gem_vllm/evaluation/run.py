@@ -25,14 +25,13 @@ from gem_vllm.evaluation.encoder import (
 )
 from gem_vllm.evaluation.language import mmlu_tasks, perplexity_tasks, run_language_tasks
 from gem_vllm.evaluation.local_tasks import find_tasks, local_task
-from gem_vllm.evaluation.options import MAX_MODEL_LEN, PROMPT_TYPES, EvaluateOptions
+from gem_vllm.evaluation.options import MAY_COME_LATER, PROMPT_TYPES, EvaluateOptions
 from gem_vllm.evaluation.report import Column, write_report
 from gem_vllm.folders import write_json
-from gem_vllm.machine import is_cpu_build, serve_dtype, serve_environment
+from gem_vllm.machine import serve_environment
 
 BOUND_FILE = "options.json"
 REVISION_CHARACTERS = 16
-CPU_CACHE_BYTES = 2 << 30
 
 Report = Callable[[str], None]
 
@@ -110,6 +109,10 @@ def _bind(options: EvaluateOptions) -> dict[str, Any]:
     bound = json.loads(json.dumps(options.bound()))
     if file.is_file():
         before = json.loads(file.read_text(encoding="utf-8"))
+        for name in MAY_COME_LATER:
+            # Not given now, or not before.
+            known = bound[name] or before.get(name)
+            bound[name], before[name] = known, before.get(name) or known
         differs = [name for name, value in bound.items() if before.get(name) != value]
         if differs:
             raise GemError(
@@ -136,7 +139,7 @@ def _base_column(
 
     def embedder() -> Embedder:
         report(f"{name}: mean pooling of the base, float32")
-        return MeanEmbedder(base, options.engine.get("max_model_len", MAX_MODEL_LEN))
+        return MeanEmbedder(base, options.engine_options()["max_model_len"])
 
     _embed(options, tasks, column, embedder, f"{name}-mean", revision)
     with _lazy_engine(options, str(base), report) as engine:
@@ -222,13 +225,8 @@ def _lazy_engine(
             report(f"{Path(model).name}: starting vLLM")
             from vllm import LLM
 
-            arguments: dict[str, Any] = {"dtype": serve_dtype(), "max_model_len": MAX_MODEL_LEN}
-            if is_cpu_build():
-                # Plain vLLM would want nearly all of the machine's memory.
-                arguments["kv_cache_memory_bytes"] = CPU_CACHE_BYTES
-            arguments |= options.engine
             with _environment(serve_environment()):
-                started.append(LLM(model, **arguments))
+                started.append(LLM(model, **options.engine_options()))
         return started[0]
 
     try:

@@ -11,7 +11,7 @@ import torch
 from gem_vllm import folders
 from gem_vllm.checkpoint import load_checkpoint, save_checkpoint
 from gem_vllm.errors import GemError
-from gem_vllm.folders import check_writable, folder_sha256, written_whole
+from gem_vllm.folders import check_writable, content_sha256, written_whole
 
 
 def test_failed_write_leaves_the_last_checkpoint_whole(checkpoint_copy, monkeypatch):
@@ -72,8 +72,8 @@ def test_nothing_else_is_overwritten(checkpoint_copy, tmp_path, monkeypatch):
 
 def test_a_folders_hash_sees_names_and_contents(tmp_path):
     (tmp_path / "a").write_text("1")
-    first = folder_sha256(tmp_path)
+    first = content_sha256(tmp_path)
     (tmp_path / "a").write_text("2")
-    second = folder_sha256(tmp_path)
+    second = content_sha256(tmp_path)
     (tmp_path / "a").rename(tmp_path / "b")
-    assert len({first, second, folder_sha256(tmp_path)}) == 3
+    assert len({first, second, content_sha256(tmp_path)}) == 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,26 @@ def test_another_evaluation_needs_another_folder(
     )
     assert isinstance(result.exception, GemError)
     assert "another limit" in str(result.exception)
+
+
+def test_another_source_of_a_language_task_needs_another_folder(
+    folder: Path, options: EvaluateOptions, tmp_path: Path
+) -> None:
+    other = tmp_path / "articles.txt"
+    other.write_text(Path(options.perplexity).read_text() + "\n = Another = \n\n One more .\n")
+    with pytest.raises(GemError, match="another perplexity"):
+        evaluate(replace(options, perplexity=str(other)))
+
+
+def test_what_is_not_asked_for_again_is_no_difference(
+    folder: Path, options: EvaluateOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("MeanEmbedder", "EngineEmbedder", "run_language_tasks"):
+        monkeypatch.setattr(run_module, name, None)
+    before = (folder / "options.json").read_text()
+    evaluate(replace(options, base=None, mmlu=None))
+    assert (folder / "options.json").read_text() == before
+    evaluate(options)  # leaves the folder's tables as the other tests expect them
 
 
 def test_a_limit_marks_everything(
