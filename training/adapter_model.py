@@ -19,9 +19,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
+from gem_vllm.errors import GemError
 from gem_vllm.training.attention import grouped
 from gem_vllm.training.masks import layer_masks, special_mask, suffix_mask
 from gem_vllm.training.model import GemTrainingModel
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+LORA_MODULES = {"all": (ATTENTION, MLP), "attention": (ATTENTION,), "mlp": (MLP,)}
 
 # Texts of like length share a forward pass, so that little of it is spent on padding.
 TEXTS_PER_PASS = 16
@@ -158,14 +163,28 @@ class AdapterModel(GemTrainingModel):
 
 
 def add_adapter(
-    model: PreTrainedModel, special_ids: tuple[int, ...], *, rank: int, alpha: int
+    model: PreTrainedModel,
+    special_ids: tuple[int, ...],
+    *,
+    rank: int,
+    alpha: int,
+    modules: str = "all",
+    last_layers: int | None = None,
 ) -> PeftModel:
-    """Freeze ``model`` and give it a LoRA on all linear layers and trainable special rows."""
+    """Freeze ``model`` and give it a LoRA on linear layers and trainable special rows.
+
+    modules: ``attention``, ``mlp``, or ``all`` linear layers; last_layers: of so many decoder
+    layers, the last ones; None for all.
+    """
+    layers = model.config.get_text_config().num_hidden_layers
+    if last_layers is not None and last_layers > layers:
+        raise GemError(f"--lora-last-layers is {last_layers}; the base has {layers} layers")
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
         lora_alpha=alpha,
-        target_modules="all-linear",
+        target_modules=[name for kind in LORA_MODULES[modules] for name in kind],
+        layers_to_transform=last_layers and list(range(layers - last_layers, layers)),
         trainable_token_indices=list(special_ids),
     )
     lm = get_peft_model(model, config)

@@ -54,6 +54,14 @@ def info_nce(
     return loss
 
 
+def leading(embeddings: torch.Tensor, size: int | None) -> torch.Tensor:
+    """The first ``size`` numbers of each embedding, L2-normalised again; None for all.
+
+    embeddings: [N, d], float32, L2-normalised. What a request with ``dimensions`` gets.
+    """
+    return embeddings if size is None else F.normalize(embeddings[:, :size], dim=-1)
+
+
 def next_token_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy of the predicting positions alone, in float32.
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from gem_vllm.training.losses import info_nce, next_token_loss, pool
+from gem_vllm.training.losses import info_nce, leading, next_token_loss, pool
 from gem_vllm.training.sequences import IGNORE, next_token_targets
 
 
@@ -23,6 +23,8 @@ class GemTrainingModel(nn.Module, ABC):
     ``lm`` is the causal language model with its k special tokens; which of its parameters are
     trained is told by their ``requires_grad``. The temperature's logarithm is trained with them.
     ``rows_per_pass``: texts of the contrastive phase that are computed at once; None for all.
+    ``matryoshka``: sizes of leading parts of an embedding that are embeddings, too: the contrastive
+    loss is the mean over these and the whole (arXiv 2205.13147).
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class GemTrainingModel(nn.Module, ABC):
         scale: float,
         symmetric: bool,
         rows_per_pass: int | None = None,
+        matryoshka: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
         self.lm = lm
@@ -42,6 +45,7 @@ class GemTrainingModel(nn.Module, ABC):
         self.pooling = pooling
         self.symmetric = symmetric
         self.rows_per_pass = rows_per_pass
+        self.matryoshka = matryoshka
         self.log_temperature = nn.Parameter(torch.tensor(math.log(scale)))
         self.config = self.base.config.get_text_config()
         if getattr(self.config, "attn_logit_softcapping", None) is not None:
@@ -100,13 +104,17 @@ class GemTrainingModel(nn.Module, ABC):
             with torch.autocast(states.device.type, enabled=False):
                 pooled = pool(states, self.pooling)
                 count = len(pooled) // 2 if cl_pairs is None else int(cl_pairs)
-                losses["loss_cl"] = info_nce(
-                    pooled[:count],
-                    pooled[count : 2 * count],
-                    self.log_temperature,
-                    symmetric=self.symmetric,
-                    negatives=pooled[2 * count :],
-                )
+                by_size = [
+                    info_nce(
+                        part[:count],
+                        part[count : 2 * count],
+                        self.log_temperature,
+                        symmetric=self.symmetric,
+                        negatives=part[2 * count :],
+                    )
+                    for part in (leading(pooled, size) for size in (None, *self.matryoshka))
+                ]
+                losses["loss_cl"] = torch.stack(by_size).mean()
             total = total + alpha * losses["loss_cl"]
         return {"loss": total, **losses}
 

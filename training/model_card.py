@@ -105,7 +105,9 @@ def command_line(options: TrainOptions) -> str:
         if field.name in left_out:
             continue
         if field.name == "mode" or value != getattr(defaults, field.name):
-            words += [flag(field.name)] if value is True else [flag(field.name), str(value)]
+            values = value if isinstance(value, tuple) else (value,)
+            for each in values:
+                words += [flag(field.name)] if each is True else [flag(field.name), str(each)]
     lines, line = [], "gem-vllm train"
     for word in words:
         if word.startswith("--") and len(line) > 70:

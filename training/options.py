@@ -13,12 +13,14 @@ from gem_vllm.training.losses import MAX_SCALE, AlphaSchedule
 from gem_vllm.training.positives import MIN_SPAN_TOKENS, Positives
 
 TrainMode = Literal["adapter", "full", "lora"]
+LoraModules = Literal["all", "attention", "mlp"]
 
 CHOICES = {
     "mode": ("adapter", "full", "lora"),
     "pooling": ("mean", "concat"),
     "positives": ("dropout", "spans", "cloze", "mix"),
     "alpha_schedule": ("step", "linear", "constant"),
+    "lora_modules": ("all", "attention", "mlp"),
     "dtype": ("auto", "float32", "bfloat16"),
 }
 # What may differ between a run and its --resume without changing a loss.
@@ -62,6 +64,7 @@ class TrainOptions:
     cloze_share: float = 0.0
     scale: float = 20.0
     symmetric: bool = False
+    matryoshka: tuple[int, ...] = ()
     rows_per_pass: int | None = None
     contrastive_learning_rate: float | None = None
     # How the two are weighed.
@@ -75,6 +78,8 @@ class TrainOptions:
     # LoRA (modes adapter and lora).
     lora_rank: int = 16
     lora_alpha: int = 32
+    lora_modules: LoraModules = "all"
+    lora_last_layers: int | None = None
     # Keeping track.
     save_every: int = 100
     keep_checkpoints: int = 2
@@ -101,7 +106,8 @@ class TrainOptions:
     def to_dict(self) -> dict[str, Any]:
         """The options as JSON-ready values."""
         values = dataclasses.asdict(self)
-        return values | {"base": str(self.base), "out": str(self.out), "data": list(self.data)}
+        paths = {"base": str(self.base), "out": str(self.out)}
+        return values | paths | {name: list(getattr(self, name)) for name in ("data", "matryoshka")}
 
     def difference(self, recorded: dict[str, Any]) -> list[str]:
         """Names of the options in which a recorded run differs so that its losses would, too."""
@@ -143,8 +149,11 @@ class TrainOptions:
         ):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise GemError(f"{flag(name)} must be from 0 to 1")
-        if self.rows_per_pass is not None and self.rows_per_pass < 1:
-            raise GemError("--rows-per-pass must be at least 1")
+        for name in ("rows_per_pass", "lora_last_layers"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise GemError(f"{flag(name)} must be at least 1")
+        if any(size < 1 for size in self.matryoshka):
+            raise GemError("--matryoshka must be at least 1: how many leading numbers")
         if self.span_share + self.cloze_share > 1.0:
             raise GemError("--span-share and --cloze-share together must be at most 1")
         if self.patience is not None and (self.held_out_pairs is None or self.patience < 1):

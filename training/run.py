@@ -101,12 +101,17 @@ def make_trainer(options: TrainOptions, *, progress: bool = True):
         held_out=held_out,
         progress=progress,
     )
-    base_name = options.base.resolve().name
-    return (
-        trainer,
-        tokenizer,
-        GemConfig(special_ids, options.pooling, options.mode, base_name),
+    gem_config = GemConfig(
+        special_ids,
+        options.pooling,
+        options.mode,
+        options.base.resolve().name,
+        extra={"matryoshka_dimensions": list(options.matryoshka)} if options.matryoshka else {},
     )
+    size = gem_config.embedding_size(model.config.get_text_config().hidden_size)
+    if max(options.matryoshka, default=0) > size:
+        raise GemError(f"--matryoshka is over an embedding's size, which is {size} here")
+    return trainer, tokenizer, gem_config
 
 
 def build_model(
@@ -116,7 +121,14 @@ def build_model(
     kind = AdapterModel if options.mode == "adapter" else DenseModel
     lm: PreTrainedModel | PeftModel = model
     if options.mode != "full":
-        lm = add_adapter(model, special_ids, rank=options.lora_rank, alpha=options.lora_alpha)
+        lm = add_adapter(
+            model,
+            special_ids,
+            rank=options.lora_rank,
+            alpha=options.lora_alpha,
+            modules=options.lora_modules,
+            last_layers=options.lora_last_layers,
+        )
     return kind(
         lm,
         special_ids,
@@ -124,6 +136,7 @@ def build_model(
         scale=options.scale,
         symmetric=options.symmetric,
         rows_per_pass=options.rows_per_pass,
+        matryoshka=options.matryoshka,
     )
 
 

@@ -27,6 +27,12 @@ class Positives(StrEnum):
     mix = "mix"
 
 
+class LoraModules(StrEnum):
+    all = "all"
+    attention = "attention"
+    mlp = "mlp"
+
+
 class AlphaSchedule(StrEnum):
     step = "step"
     linear = "linear"
@@ -147,6 +153,14 @@ def train(
             rich_help_panel=_CONTRASTIVE,
         ),
     ] = False,
+    matryoshka: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Let so many leading numbers of an embedding be one, too (requests ask for them "
+            "by `dimensions`). Can be given several times.",
+            rich_help_panel=_CONTRASTIVE,
+        ),
+    ] = None,
     rows_per_pass: Annotated[
         int | None,
         typer.Option(
@@ -216,6 +230,17 @@ def train(
     lora_alpha: Annotated[
         int, typer.Option(help="Of the modes adapter and lora.", rich_help_panel=_OPTIMIZER)
     ] = 32,
+    lora_modules: Annotated[
+        LoraModules,
+        typer.Option(help="Which linear layers have it.", rich_help_panel=_OPTIMIZER),
+    ] = LoraModules.all,
+    lora_last_layers: Annotated[
+        int | None,
+        typer.Option(
+            help="Only so many of the last decoder layers have it. [default: all]",
+            rich_help_panel=_OPTIMIZER,
+        ),
+    ] = None,
     save_every: Annotated[
         int, typer.Option(help="Steps between checkpoints.", rich_help_panel=_RUN)
     ] = 100,
@@ -272,6 +297,7 @@ def train(
         cloze_share=cloze_share,
         scale=scale,
         symmetric=symmetric,
+        matryoshka=tuple(matryoshka or ()),
         rows_per_pass=rows_per_pass,
         contrastive_learning_rate=contrastive_learning_rate,
         alpha_schedule=None if alpha_schedule is None else alpha_schedule.value,
@@ -282,6 +308,8 @@ def train(
         max_grad_norm=max_grad_norm,
         lora_rank=lora_rank,
         lora_alpha=lora_alpha,
+        lora_modules=lora_modules.value,
+        lora_last_layers=lora_last_layers,
         save_every=save_every,
         keep_checkpoints=keep_checkpoints,
         log_every=log_every,

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gem_vllm.training.losses import alpha_at, info_nce, next_token_loss, pool
+from gem_vllm.training.losses import alpha_at, info_nce, leading, next_token_loss, pool
 from gem_vllm.training.options import TrainOptions
 from gem_vllm.training.trainer import learning_rate_at
 
@@ -50,6 +50,14 @@ def test_temperature_is_clamped(given: float, used: float) -> None:
     pair = unit(4, 8, seed=0), unit(4, 8, seed=1)
     found = info_nce(*pair, torch.tensor(given), symmetric=False)
     assert float(found) == float(info_nce(*pair, torch.tensor(used), symmetric=False))
+
+
+def test_the_leading_part_of_an_embedding_is_one() -> None:
+    embeddings = unit(3, 8, seed=0)
+    short = leading(embeddings, 5)
+    assert torch.allclose(short.norm(dim=-1), torch.ones(3))
+    assert torch.allclose(short * embeddings[:, :5].norm(dim=-1, keepdim=True), embeddings[:, :5])
+    assert leading(embeddings, None) is embeddings
 
 
 def test_pooling() -> None:

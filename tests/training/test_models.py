@@ -15,7 +15,7 @@ from gem_vllm.config import GemConfig
 from gem_vllm.reference import ReferenceEmbedder
 from gem_vllm.training.adapter_model import AdapterModel, add_adapter, special_rows
 from gem_vllm.training.dense_model import DenseModel
-from gem_vllm.training.losses import info_nce, pool
+from gem_vllm.training.losses import info_nce, leading, pool
 from gem_vllm.training.model import GemTrainingModel
 from gem_vllm.training.sequences import IGNORE, next_token_targets, pad
 from tests.tiny import FAMILIES
@@ -287,3 +287,25 @@ def test_negatives_of_labelled_pairs_count(tiny_base: Callable[..., Path]) -> No
         anchors, positives, model.log_temperature, symmetric=False, negatives=negatives
     )
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("kind", [AdapterModel, DenseModel])
+def test_matryoshka_is_the_mean_over_the_sizes(
+    tiny_base: Callable[..., Path], kind: type[GemTrainingModel]
+) -> None:
+    model, _ = make_model(tiny_base(), kind)
+    ids, lengths = pad(random_texts((5, 31, 7, 18, 12, 9)))
+    with torch.no_grad():
+        pooled = pool(model.special_states(ids, lengths), "mean")
+        expected = [
+            info_nce(
+                leading(pooled[:3], size),
+                leading(pooled[3:], size),
+                model.log_temperature,
+                symmetric=False,
+            )
+            for size in (None, 16, 4)
+        ]
+        model.matryoshka = (16, 4)
+        found = model(torch.tensor(1.0), cl_ids=ids, cl_lengths=lengths)["loss_cl"]
+    torch.testing.assert_close(found, sum(expected) / 3)

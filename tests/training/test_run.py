@@ -48,6 +48,29 @@ def test_golden_losses(options: TrainOptions, mode: Any) -> None:
         assert found[name] == pytest.approx(GOLDEN[f"{mode} {name}"], abs=1e-4)
 
 
+def test_the_lora_is_where_it_was_asked_for(options: TrainOptions) -> None:
+    options = dataclasses.replace(options, steps=1, lora_modules="mlp", lora_last_layers=1)
+    train(options, progress=False)
+    names = load_file(options.out / "gem_adapter" / "adapter_model.safetensors")
+    targeted = {
+        name.removeprefix("base_model.model.model.").rpartition(".lora_")[0] for name in names
+    }
+    assert targeted == {f"layers.1.mlp.{name}_proj" for name in ("gate", "up", "down")}
+    assert torch.isfinite(ReferenceEmbedder(options.out).embed(["bread and water"])).all()
+    with pytest.raises(GemError, match="--lora-last-layers is 9; the base has 2 layers"):
+        train(dataclasses.replace(options, lora_last_layers=9), overwrite=True, progress=False)
+
+
+def test_matryoshka_sizes_are_in_the_checkpoint(options: TrainOptions) -> None:
+    options = dataclasses.replace(options, steps=1, matryoshka=(8, 32))
+    train(options, progress=False)
+    config = GemConfig.from_pretrained(options.out)
+    assert config.extra["matryoshka_dimensions"] == [8, 32]
+    assert "--matryoshka 8 --matryoshka 32" in (options.out / "README.md").read_text()
+    with pytest.raises(GemError, match="--matryoshka is over an embedding's size, which is 64"):
+        train(dataclasses.replace(options, matryoshka=(65,)), overwrite=True, progress=False)
+
+
 @pytest.mark.parametrize("mode", ["adapter", "full", "lora"])
 def test_result_is_a_checkpoint_of_its_mode(options: TrainOptions, mode: Any) -> None:
     options = dataclasses.replace(options, mode=mode, pooling="concat", steps=2)
