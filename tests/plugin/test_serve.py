@@ -122,6 +122,22 @@ def test_embeddings_are_the_references(server: Server) -> None:
     np.testing.assert_allclose(short, leading, atol=1e-4)
 
 
+def test_langchains_openai_embeddings(server: Server) -> None:
+    """As README says; with the length check off, texts are sent, not OpenAI's token ids."""
+    from langchain_openai import OpenAIEmbeddings
+
+    embeddings = OpenAIEmbeddings(
+        model="gem",
+        base_url=f"{server.url}/v1",
+        api_key="none",
+        check_embedding_ctx_length=False,
+    )
+    expected = server.reference.embed(TEXTS)
+    assert cosines(torch.tensor(embeddings.embed_documents(TEXTS)), expected).min() >= 0.9999
+    query = torch.tensor(embeddings.embed_query(TEXTS[1]))
+    assert cosines(query[None], expected[1:2]).min() >= 0.9999
+
+
 def test_usage_counts_the_users_tokens_only(server: Server) -> None:
     ids = server.reference.tokenizer(TEXTS[0]).input_ids
     usage = server.post("/v1/embeddings", input=TEXTS[0]).json()["usage"]
