@@ -45,8 +45,10 @@ class AdapterModel(GemTrainingModel):
         """The base computes as it does in use, without dropout; so does the LoRA."""
         return super().train(False)
 
-    def special_states(self, token_ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        hidden, _ = self._special_pass(token_ids, lengths)
+    def special_states(
+        self, token_ids: torch.Tensor, lengths: torch.Tensor, seen: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        hidden, _ = self._special_pass(token_ids, lengths, seen)
         return hidden
 
     def ordinary_states(
@@ -105,7 +107,7 @@ class AdapterModel(GemTrainingModel):
         return cache
 
     def _special_pass(
-        self, prefix_ids: torch.Tensor, lengths: torch.Tensor
+        self, prefix_ids: torch.Tensor, lengths: torch.Tensor, seen: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, DynamicCache]:
         """Pass 2: hidden states [N, k, hidden] of the special tokens, and the cache with them."""
         cache = self.prefix_pass(prefix_ids, lengths)
@@ -117,7 +119,7 @@ class AdapterModel(GemTrainingModel):
                 attention_mask=layer_masks(
                     self.config,
                     embeds.dtype,
-                    lambda window: special_mask(lengths, prefix_ids.shape[1], self.k, window),
+                    lambda window: special_mask(lengths, prefix_ids.shape[1], self.k, window, seen),
                 ),
                 position_ids=lengths[:, None] + offsets,
                 past_key_values=cache,

@@ -28,8 +28,9 @@ class TrainBatches(IterableDataset):
 
     A batch is a dict: ``alpha`` (float32 scalar); where alpha > 0, ``cl_ids`` int64 [2N + M, T] and
     ``cl_lengths`` [2N + M], N anchors, their N positives, and M negatives of labelled pairs;
-    ``cl_pairs`` is N; where alpha < 1, ``ntp_ids`` and ``ntp_lengths``, N rows of mixed next-token
-    prediction. Rows are right-padded.
+    ``cl_pairs`` is N; with ``masks`` also ``cl_seen``, bool [2N, T], the tokens of a text that the
+    special tokens behind it are to see; where alpha < 1, ``ntp_ids`` and ``ntp_lengths``, N rows of
+    mixed next-token prediction. Rows are right-padded.
 
     Several sources take turns, one batch each. ``mix`` takes shares of its batches from the first
     source, as spans and as cloze pairs, and the others from the last, with dropout, evenly spread.
@@ -75,6 +76,8 @@ class TrainBatches(IterableDataset):
             if alpha > 0.0:
                 rows = labelled or [self._pair(content, kind, rng) for content in contents]
                 batch |= self._contrastive(rows)
+                if not labelled and kind == "masks":
+                    batch["cl_seen"] = self._seen(batch["cl_lengths"], f"{options.seed}/{step}")
             if alpha < 1.0:
                 batch |= self._next_token(contents, rng)
             yield batch
@@ -154,6 +157,14 @@ class TrainBatches(IterableDataset):
         ids, lengths = pad([self.template.wrap(row) for row in rows])
         return {"cl_ids": ids, "cl_lengths": lengths, "cl_pairs": torch.tensor(len(pairs))}
 
+    def _seen(self, lengths: torch.Tensor, seed: str) -> torch.Tensor:
+        """Two masks of each text: a share of its tokens hidden, the first one (a BOS) never."""
+        generator = torch.Generator().manual_seed(random.Random(seed).getrandbits(63))
+        shape = (len(lengths), int(lengths.max()))
+        seen = torch.rand(shape, generator=generator) >= self.options.drop_rate
+        seen[:, 0] = True
+        return seen
+
     def _next_token(self, contents: list[list[int]], rng: random.Random) -> dict[str, torch.Tensor]:
         options = self.options
         rows = [
@@ -176,6 +187,8 @@ class TrainBatches(IterableDataset):
             return [*span_pair(content, rng)]
         if kind == "cloze":
             return [*cloze_pair(content, rng)]
+        if kind == "masks":
+            return [content, content]
         options = self.options
         rate, anchor_rate = options.drop_rate, options.anchor_drop_rate
         return [*dropout_pair(content, rate, rng, anchor_rate=anchor_rate)]

@@ -32,15 +32,24 @@ def layer_masks(
     return {kind: additive(window if kind == "sliding_attention" else None) for kind in layer_types}
 
 
-def special_mask(lengths: torch.Tensor, longest: int, k: int, window: int | None) -> torch.Tensor:
+def special_mask(
+    lengths: torch.Tensor,
+    longest: int,
+    k: int,
+    window: int | None,
+    allowed: torch.Tensor | None = None,
+) -> torch.Tensor:
     """What special tokens see of [prefix | special]: bool [N, k, longest + k].
 
-    The text's own tokens (within the window that ends where the run starts), and itself.
+    The text's own tokens (within the window that ends where the run starts; of those that are
+    ``allowed``, bool [N, longest], where it is given), and itself.
     """
     position = torch.arange(longest, device=lengths.device)
     seen = position < lengths[:, None]
     if window is not None:
         seen &= position > lengths[:, None] - window
+    if allowed is not None:
+        seen &= allowed
     own = torch.eye(k, dtype=torch.bool, device=lengths.device).expand(len(lengths), -1, -1)
     return torch.cat([seen[:, None].expand(-1, k, -1), own], dim=2)
 

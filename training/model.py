@@ -57,11 +57,13 @@ class GemTrainingModel(nn.Module, ABC):
         return self.lm.get_base_model() if isinstance(self.lm, PeftModel) else self.lm
 
     @abstractmethod
-    def special_states(self, token_ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    def special_states(
+        self, token_ids: torch.Tensor, lengths: torch.Tensor, seen: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Last hidden states (after the final norm) of the special tokens behind each text.
 
-        token_ids: int64 [N, T], right-padded texts without special tokens; lengths: [N].
-        Returns [N, k, hidden].
+        token_ids: int64 [N, T], right-padded texts without special tokens; lengths: [N]; seen:
+        bool [N, T], tokens that the special tokens see, None for all. Returns [N, k, hidden].
         """
 
     @abstractmethod
@@ -89,6 +91,7 @@ class GemTrainingModel(nn.Module, ABC):
         ntp_ids: torch.Tensor | None = None,
         ntp_lengths: torch.Tensor | None = None,
         cl_pairs: torch.Tensor | None = None,
+        cl_seen: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """A batch of ``TrainBatches`` to ``loss``, and ``loss_ntp`` and ``loss_cl`` where computed.
 
@@ -100,7 +103,7 @@ class GemTrainingModel(nn.Module, ABC):
             losses["loss_ntp"] = self.ntp_loss(ntp_ids, ntp_lengths)
             total = total + (1.0 - alpha) * losses["loss_ntp"]
         if cl_ids is not None and cl_lengths is not None:
-            states = self._contrastive_states(cl_ids, cl_lengths)
+            states = self._contrastive_states(cl_ids, cl_lengths, cl_seen)
             with torch.autocast(states.device.type, enabled=False):
                 pooled = pool(states, self.pooling)
                 count = len(pooled) // 2 if cl_pairs is None else int(cl_pairs)
@@ -118,7 +121,9 @@ class GemTrainingModel(nn.Module, ABC):
             total = total + alpha * losses["loss_cl"]
         return {"loss": total, **losses}
 
-    def _contrastive_states(self, token_ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    def _contrastive_states(
+        self, token_ids: torch.Tensor, lengths: torch.Tensor, seen: torch.Tensor | None
+    ) -> torch.Tensor:
         """`special_states`, with ``rows_per_pass`` a part at a time.
 
         Of a part that is computed again in the backward pass nothing is kept but its input, so
@@ -126,12 +131,17 @@ class GemTrainingModel(nn.Module, ABC):
         """
         most = self.rows_per_pass
         if most is None or len(token_ids) <= most:
-            return self.special_states(token_ids, lengths)
+            return self.special_states(token_ids, lengths, seen)
         parts = []
         for start in range(0, len(token_ids), most):
-            part = lengths[start : start + most]
-            ids = token_ids[start : start + most, : int(part.max())]
-            parts.append(checkpoint(self.special_states, ids, part, use_reentrant=False))
+            rows = slice(start, start + most)
+            longest = int(lengths[rows].max())
+            part = (
+                token_ids[rows, :longest],
+                lengths[rows],
+                None if seen is None else seen[rows, :longest],
+            )
+            parts.append(checkpoint(self.special_states, *part, use_reentrant=False))
         return torch.cat(parts)
 
     def ntp_loss(self, token_ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:

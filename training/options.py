@@ -18,7 +18,7 @@ LoraModules = Literal["all", "attention", "mlp"]
 CHOICES = {
     "mode": ("adapter", "full", "lora"),
     "pooling": ("mean", "concat"),
-    "positives": ("dropout", "spans", "cloze", "mix"),
+    "positives": ("dropout", "masks", "spans", "cloze", "mix"),
     "alpha_schedule": ("step", "linear", "constant"),
     "lora_modules": ("all", "attention", "mlp"),
     "dtype": ("auto", "float32", "bfloat16"),

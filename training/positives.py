@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import Literal
 
-Positives = Literal["dropout", "spans", "cloze", "mix"]
+Positives = Literal["dropout", "masks", "spans", "cloze", "mix"]
 
 MIN_SPAN_TOKENS = 8
 MAX_SPAN_TOKENS = 64

@@ -22,6 +22,7 @@ class Pooling(StrEnum):
 
 class Positives(StrEnum):
     dropout = "dropout"
+    masks = "masks"
     spans = "spans"
     cloze = "cloze"
     mix = "mix"
@@ -118,15 +119,18 @@ def train(
     positives: Annotated[
         Positives,
         typer.Option(
-            help="A text's positive: itself with tokens dropped; or two spans of it; or a short "
-            "span and the rest (cloze); or batches of each (mix: spans and cloze of the first "
-            "--data, dropout of the last).",
+            help="A text's positive: itself with tokens dropped; or the text twice, seen through "
+            "two random masks; or two spans of it; or a short span and the rest (cloze); or "
+            "batches of each (mix: spans and cloze of the first --data, dropout of the last).",
             rich_help_panel=_CONTRASTIVE,
         ),
     ] = Positives.dropout,
     drop_rate: Annotated[
         float,
-        typer.Option(help="Share of a positive's tokens dropped.", rich_help_panel=_CONTRASTIVE),
+        typer.Option(
+            help="Share of a positive's tokens dropped, or hidden by a mask.",
+            rich_help_panel=_CONTRASTIVE,
+        ),
     ] = 0.3,
     anchor_drop_rate: Annotated[
         float,

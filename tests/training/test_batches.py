@@ -101,6 +101,19 @@ def test_shares_of_the_mix(make: Make, spans: float, cloze: float, kinds: str) -
     assert "".join(kind[0] for kind, _ in islice(batches._turns(), 12)) == kinds
 
 
+def test_two_masks_of_each_text(make: Make) -> None:
+    for batch in make(positives="masks", drop_rate=0.5):
+        anchors, positives = batch["cl_ids"].chunk(2)
+        assert torch.equal(anchors, positives)
+        first, second = batch["cl_seen"].chunk(2)
+        assert not torch.equal(first, second)
+        assert batch["cl_seen"][:, 0].all()
+        assert 0.3 < batch["cl_seen"][:, 1:].float().mean() < 0.7
+    later = make(positives="masks", drop_rate=0.5)
+    later.start_step = 11
+    assert same(batch, next(iter(later)))
+
+
 def test_too_few_texts_are_refused(make: Make, tmp_path: Path) -> None:
     few = tmp_path / "few.txt"
     few.write_text("a\n" * 50 + "the lazy dog of the old stone bridge\n" * 3)

@@ -309,3 +309,40 @@ def test_matryoshka_is_the_mean_over_the_sizes(
         model.matryoshka = (16, 4)
         found = model(torch.tensor(1.0), cl_ids=ids, cl_lengths=lengths)["loss_cl"]
     torch.testing.assert_close(found, sum(expected) / 3)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_both_kinds_of_model_hide_the_same_tokens(
+    tiny_base: Callable[..., Path], family: str
+) -> None:
+    """With the adapter's B at 0, so that both are the base, with its special rows."""
+    ids, lengths = pad(random_texts())
+    seen = torch.rand(ids.shape, generator=torch.Generator().manual_seed(3)) < 0.5
+    seen[:, 0] = True
+    adapter, _ = make_model(tiny_base(family), AdapterModel)
+    dense, _ = make_model(tiny_base(family), DenseModel)
+    for name, parameter in adapter.lm.named_parameters():
+        if "lora_B" in name:
+            parameter.data.zero_()
+    with torch.no_grad():
+        found = adapter.special_states(ids, lengths, seen)
+        torch.testing.assert_close(
+            found, dense.special_states(ids, lengths, seen), atol=1e-5, rtol=1e-4
+        )
+        # What is hidden may as well be another token.
+        seen[:, 1:] = False
+        other = ids.clone()
+        other[:, 1:] = 7
+        states = [adapter.special_states(each, lengths, seen) for each in (ids, other)]
+        torch.testing.assert_close(*states)
+        assert not torch.allclose(*(adapter.special_states(each, lengths) for each in (ids, other)))
+
+
+def test_parts_of_a_batch_hide_the_same_tokens(tiny_base: Callable[..., Path]) -> None:
+    model, _ = make_model(tiny_base(), AdapterModel)
+    ids, lengths = pad(random_texts((5, 31, 7, 18, 12, 9)))
+    seen = torch.rand(ids.shape, generator=torch.Generator().manual_seed(3)) < 0.5
+    whole = model(torch.tensor(1.0), cl_ids=ids, cl_lengths=lengths, cl_seen=seen)["loss"]
+    model.rows_per_pass = 2
+    parts = model(torch.tensor(1.0), cl_ids=ids, cl_lengths=lengths, cl_seen=seen)["loss"]
+    torch.testing.assert_close(parts, whole)
