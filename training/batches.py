@@ -145,10 +145,14 @@ class TrainBatches(IterableDataset):
         epoch = 0
         while self.pairs:
             rng = random.Random(f"{self.options.seed}/pairs/{epoch}")
-            for anchor, positive, *negatives in shuffled(self.pairs, rng):
-                kept = rng.sample(negatives, min(len(negatives), NEGATIVES_PER_PAIR))
-                ids = self.tokenizer([anchor, positive, *kept], add_special_tokens=False)
-                yield [row[: self.max_content] for row in ids["input_ids"]]
+            for pair in shuffled(self.pairs, rng):
+                kept = rng.sample(pair.negatives, min(len(pair.negatives), NEGATIVES_PER_PAIR))
+                texts = [pair.anchor, pair.positive or pair.anchor, *kept]
+                ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+                rows = [row[: self.max_content] for row in ids]
+                if pair.positive is None:
+                    rows[:2] = self._pair(rows[0], "dropout", rng)
+                yield rows
             epoch += 1
 
     def _contrastive(self, pairs: list[list[list[int]]]) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, Literal, TypeVar
 
 from gem_vllm.errors import GemError
 
@@ -88,10 +88,10 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
             raise GemError(f"{where}: not a JSON object: {error}") from error
 
 
-def open_text(path: Path) -> IO[str]:
-    """A file of UTF-8 text, also .gz, to be read."""
+def open_text(path: Path, mode: Literal["r", "w"] = "r") -> IO[str]:
+    """A file of UTF-8 text, also .gz."""
     opener: Callable[..., Any] = gzip.open if path.name.endswith(".gz") else open
-    return opener(path, "rt", encoding="utf-8")
+    return opener(path, f"{mode}t", encoding="utf-8")
 
 
 def _read_lines(path: Path) -> Iterator[tuple[int, str]]:

@@ -12,18 +12,27 @@ from gem_vllm.training.data import is_jsonl, read_jsonl
 
 
 @dataclass(frozen=True)
-class PairSource:
-    """The pairs of a ``--pairs`` file: objects with ``anchor``, ``positive``, maybe ``negative``.
+class Pair:
+    """Texts that belong together, and others that do not; no positive: it is to be made."""
 
-    Iterating gives [anchor, positive, negatives...], one list of texts a pair; ``negative`` is a
-    text or a list of them. Raises GemError, with file and line, for what is not so.
+    anchor: str
+    positive: str | None
+    negatives: list[str]
+
+
+@dataclass(frozen=True)
+class PairSource:
+    """The pairs of a ``--pairs`` file: objects with ``anchor``, maybe ``positive``, ``negative``.
+
+    Iterating gives them in order; ``negative`` is a text or a list of them. Raises GemError, with
+    file and line, for what is not so.
     """
 
     file: Path
 
-    def __iter__(self) -> Iterator[list[str]]:
+    def __iter__(self) -> Iterator[Pair]:
         for where, row in read_jsonl(self.file):
-            yield _texts(row, where)
+            yield _pair(row, where)
 
     def check(self) -> None:
         """Raise GemError unless the file can be read and its first pair is one."""
@@ -33,15 +42,18 @@ class PairSource:
             raise GemError(f"--pairs {self.file} holds no pair")
 
 
-def _texts(row: Any, where: str) -> list[str]:
-    if not isinstance(row, dict) or not {"anchor", "positive"} <= row.keys():
-        raise GemError(f"{where}: expected an object with anchor, positive and, if any, negative")
-    negative = row.get("negative") or []
-    texts = [
-        row["anchor"],
-        row["positive"],
-        *([negative] if isinstance(negative, str) else negative),
-    ]
-    if not all(isinstance(text, str) and text.strip() for text in texts):
+def _pair(row: Any, where: str) -> Pair:
+    if (
+        not isinstance(row, dict)
+        or "anchor" not in row
+        or not {"positive", "negative"} & row.keys()
+    ):
+        raise GemError(
+            f"{where}: expected an object with anchor, and positive or negative, or both"
+        )
+    positive, negative = row.get("positive"), row.get("negative") or []
+    negatives = [negative] if isinstance(negative, str) else list(negative)
+    given = [row["anchor"], *negatives, *([] if positive is None else [positive])]
+    if not all(isinstance(text, str) and text.strip() for text in given):
         raise GemError(f"{where}: anchor, positive and negative must be texts that are not empty")
-    return texts
+    return Pair(row["anchor"], positive, negatives)

@@ -85,8 +85,9 @@ def train(
     pairs: Annotated[
         str | None,
         typer.Option(
-            help="Labelled pairs, where there are some: a .jsonl file, also .gz, with anchor, "
-            "positive and, if there are any, negative (a text or a list)."
+            help="Labelled pairs, where there are some: a .jsonl file, also .gz, with anchor, and "
+            "positive or negative (a text or a list), or both; without positive, it is the anchor "
+            "with tokens dropped."
         ),
     ] = None,
     pairs_share: Annotated[

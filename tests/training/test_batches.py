@@ -158,10 +158,21 @@ def test_labelled_pairs_leave_the_other_batches_as_they_are(make: Make, tmp_path
     assert same(*({name: batches[1][name] for name in names} for batches in (ntp, both)))
 
 
+def test_a_pair_without_positive_gets_one_with_tokens_dropped(make: Make, tmp_path: Path) -> None:
+    anchor = "the lazy dog of the old stone bridge"
+    file = write_pairs(tmp_path, [{"anchor": anchor, "negative": ["bread and water"]}])
+    batch = next(iter(make(add_bos=False, pairs=file, pairs_share=1.0, drop_rate=0.5)))
+    (whole,) = {*batch["cl_lengths"][:16].tolist()}
+    dropped = batch["cl_lengths"][16:32]
+    assert (dropped <= whole).all()
+    assert 0.3 * whole < dropped.float().mean() < 0.7 * whole
+    assert len(batch["cl_lengths"]) == 48
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"anchor": "a"}, "line 1: expected an object with anchor, positive"),
+        ({"anchor": "a"}, "line 1: expected an object with anchor, and positive or negative"),
         (["a", "b"], "line 1: expected an object"),
         ({"anchor": "a", "positive": " "}, "texts that are not empty"),
         ({"anchor": "a", "positive": "b", "negative": [1]}, "texts that are not empty"),

@@ -1,0 +1,88 @@
+"""Hard negatives from the vectors of a batch job."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from gem_vllm.errors import GemError
+from gem_vllm.serving.vectors import vector_columns
+from gem_vllm.training.mining import MineOptions, mine
+
+COUNT, SIZE = 90, 8
+
+
+@pytest.fixture
+def vectors(tmp_path: Path) -> Path:
+    """Ninety texts over two files, on an arc: those with near numbers are near; one has none."""
+    angles = np.linspace(0.0, 2.0, COUNT)
+    circle = np.zeros((COUNT, SIZE), dtype=np.float32)
+    circle[:, 0], circle[:, 1] = 3 * np.cos(angles), 3 * np.sin(angles)
+    write(tmp_path / "vectors", "a.parquet", range(50), circle[:50])
+    write(tmp_path / "vectors", "b.parquet", [3, *range(50, COUNT)], circle[[3, *range(50, COUNT)]])
+    write(tmp_path / "vectors", "c.parquet", ["null"], [None])
+    return tmp_path / "vectors"
+
+
+def write(folder: Path, name: str, numbers: Any, rows: Any, dtype: str = "float32") -> None:
+    folder.mkdir(exist_ok=True)
+    texts = pa.array([f"text {number}" for number in numbers])
+    columns = vector_columns(list(rows), dtype, SIZE)
+    pq.write_table(pa.table({"text": texts, **columns}), folder / name)
+
+
+def read(file: Path) -> dict[int, list[int]]:
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    number = {row["anchor"]: int(row["anchor"].split()[1]) for row in rows}
+    return {
+        number[row["anchor"]]: [int(text.split()[1]) for text in row["negative"]] for row in rows
+    }
+
+
+def test_negatives_are_of_the_ranks_that_were_asked_for(vectors: Path, tmp_path: Path) -> None:
+    out, seen = tmp_path / "new" / "negatives.jsonl", []
+    options = MineOptions(vectors=vectors, out=out, negatives=3, range_min=4, range_max=10)
+    assert mine(options, lambda *done: seen.append(done)) == COUNT
+    assert seen == [(COUNT, COUNT)]
+    mined = read(out)
+    assert mined.keys() == set(range(COUNT))
+    assert all(len(set(negatives)) == 3 for negatives in mined.values())
+    for number in range(10, COUNT - 10):
+        # Two neighbours at each distance: ranks 4 to 10 are those 3 to 5 away.
+        assert {abs(other - number) for other in mined[number]} <= {3, 4, 5}
+    again = tmp_path / "again.jsonl"
+    mine(MineOptions(**{**vars(options), "out": again}), lambda *done: None)
+    assert again.read_text() == out.read_text()
+    assert [path.name for path in out.parent.iterdir()] == ["negatives.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"range_max": 12}, "--range-max must be at least"),
+        ({"negatives": 0}, "--negatives must be at least 1"),
+        ({"out": Path("negatives.txt")}, "name a .jsonl"),
+        ({"range_max": 90}, "holds 90 different texts; --range-max 90 needs more"),
+        ({"text_column": "body"}, "has no column 'body'; embed with --keep body"),
+        ({"vectors": Path("nowhere")}, "holds no Parquet files"),
+    ],
+)
+def test_what_cannot_be_mined(
+    change: dict[str, Any], message: str, vectors: Path, tmp_path: Path
+) -> None:
+    values = {"vectors": vectors, "out": tmp_path / "out.jsonl", **change}
+    with pytest.raises(GemError, match=message):
+        mine(MineOptions(**values), lambda *done: None)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_vectors_that_are_not_numbers_are_refused(vectors: Path, tmp_path: Path) -> None:
+    write(vectors, "a.parquet", range(5), np.ones((5, SIZE), dtype=np.float32), "binary")
+    with pytest.raises(GemError, match="no float32 or float16 vectors"):
+        mine(MineOptions(vectors=vectors, out=tmp_path / "out.jsonl"), lambda *done: None)

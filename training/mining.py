@@ -1,0 +1,142 @@
+"""Hard negatives: texts that a model takes for near neighbours of another."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gem_vllm.errors import GemError
+from gem_vllm.training.data import open_text
+
+ROWS_AT_ONCE = 1024
+VECTORS = "embedding"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MineOptions:
+    """Which neighbours become negatives.
+
+    Attributes:
+        vectors: folder of Parquet files, as ``gem-vllm embed --keep TEXT_COLUMN`` writes them, with
+            float32 or float16 vectors; all of them are held in memory, as float32.
+        out: file to write, .jsonl or .jsonl.gz, for ``gem-vllm train --pairs``.
+        text_column: of the texts.
+        negatives: for each text.
+        range_min: so many of the nearest neighbours are passed over: they may say the same.
+        range_max: negatives are drawn from the neighbours up to this one.
+        seed: of the draw.
+    """
+
+    vectors: Path
+    out: Path
+    text_column: str = "text"
+    negatives: int = 4
+    range_min: int = 10
+    range_max: int = 50
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.negatives < 1 or self.range_min < 0:
+            raise GemError("--negatives must be at least 1, and --range-min at least 0")
+        if self.range_max < self.range_min + self.negatives:
+            raise GemError("--range-max must be at least --range-min and --negatives together")
+        if not self.out.name.endswith((".jsonl", ".jsonl.gz")):
+            raise GemError(f"--out {self.out}: name a .jsonl or .jsonl.gz file")
+
+
+def mine(options: MineOptions, progress: Callable[[int, int], None]) -> int:
+    """Write a line for each text, ``{"anchor": text, "negative": [texts]}``, whole or not at all.
+
+    There is no positive in it: training makes one of the anchor. Texts that occur several times
+    count once.
+
+    Args:
+        options: checked already.
+        progress: called with how many texts are done, and of how many.
+
+    Returns:
+        The number of lines.
+
+    Raises:
+        GemError: the vectors cannot be read, or are too few for ``range_max``.
+    """
+    texts, vectors = _read(options)
+    if len(texts) <= options.range_max:
+        raise GemError(
+            f"{options.vectors} holds {len(texts)} different texts; --range-max "
+            f"{options.range_max} needs more"
+        )
+    vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    random = np.random.default_rng(options.seed)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=options.out.parent, prefix=".gem-mine-") as folder:
+        part = Path(folder) / options.out.name
+        with open_text(part, "w") as file:
+            for start in range(0, len(texts), ROWS_AT_ONCE):
+                for row, near in enumerate(_neighbours(vectors, start, options), start):
+                    chosen = sorted(random.choice(len(near), options.negatives, replace=False))
+                    negative = [texts[other] for other in near[chosen]]
+                    line = json.dumps({"anchor": texts[row], "negative": negative})
+                    file.write(line + "\n")
+                progress(min(start + ROWS_AT_ONCE, len(texts)), len(texts))
+        with part.open("rb") as done:
+            os.fsync(done.fileno())
+        part.replace(options.out)
+    return len(texts)
+
+
+def _neighbours(vectors: np.ndarray, start: int, options: MineOptions) -> np.ndarray:
+    """For rows from ``start`` on, those at ranks range_min to range_max, nearest first."""
+    rows = np.arange(start, min(start + ROWS_AT_ONCE, len(vectors)))
+    similarity = vectors[rows] @ vectors.T
+    similarity[np.arange(len(rows)), rows] = -np.inf  # itself
+    near = np.argpartition(-similarity, options.range_max - 1, axis=1)[:, : options.range_max]
+    order = np.argsort(-np.take_along_axis(similarity, near, axis=1), axis=1, kind="stable")
+    return np.take_along_axis(near, order, axis=1)[:, options.range_min :]
+
+
+def _read(options: MineOptions) -> tuple[list[str], np.ndarray]:
+    """The different texts, and float32 [n, d] of their vectors; rows without either left out."""
+    files = sorted(options.vectors.glob("*.parquet"))
+    if not files:
+        raise GemError(f"{options.vectors} holds no Parquet files; make them with: gem-vllm embed")
+    texts: dict[str, None] = {}
+    parts = []
+    for file in files:
+        try:
+            schema = pq.read_schema(file)
+        except pa.ArrowException as error:
+            raise GemError(f"{file} cannot be read: {error}") from error
+        _check_columns(file, schema, options.text_column)
+        table = pq.read_table(file, columns=[options.text_column, VECTORS]).drop_null()
+        kept = []
+        for number, text in enumerate(table.column(0).to_pylist()):
+            if text not in texts:
+                texts[text] = None
+                kept.append(number)
+        size = table.column(1).type.list_size
+        flat = table.column(1).combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        parts.append(flat.reshape(-1, size).astype(np.float32)[kept])
+    return list(texts), np.concatenate(parts)
+
+
+def _check_columns(file: Path, schema: pa.Schema, text_column: str) -> None:
+    names = set(schema.names)
+    if VECTORS not in names or schema.field(VECTORS).type.value_type not in (
+        pa.float32(),
+        pa.float16(),
+    ):
+        raise GemError(f"{file} holds no float32 or float16 vectors; embed with --dtype float32")
+    if text_column not in names:
+        raise GemError(
+            f"{file} has no column {text_column!r}; embed with --keep {text_column}, "
+            "or name another one by --text-column"
+        )
