@@ -48,8 +48,7 @@ class AdapterModel(GemTrainingModel):
     def special_states(
         self, token_ids: torch.Tensor, lengths: torch.Tensor, seen: torch.Tensor | None = None
     ) -> torch.Tensor:
-        hidden, _ = self._special_pass(token_ids, lengths, seen)
-        return hidden
+        return self.special_pass(self.prefix_pass(token_ids, lengths), lengths, seen)
 
     def ordinary_states(
         self, token_ids: torch.Tensor, lengths: torch.Tensor, predicting: torch.Tensor
@@ -67,7 +66,8 @@ class AdapterModel(GemTrainingModel):
             return none.to(token_ids.device), computed
 
         prefixes = token_ids[rows, : int(starts.max())]
-        special, cache = self._special_pass(prefixes, starts)
+        cache = self.prefix_pass(prefixes, starts)
+        special = self.special_pass(cache, starts)
         offsets = torch.arange(int((lengths[rows] - ends).max()) + 1, device=token_ids.device) - 1
         columns = ends[:, None] + offsets
         real = columns < lengths[rows, None]
@@ -106,26 +106,26 @@ class AdapterModel(GemTrainingModel):
                     cache.layers[index].values[rows, :, :longest] = layer.values
         return cache
 
-    def _special_pass(
-        self, prefix_ids: torch.Tensor, lengths: torch.Tensor, seen: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, DynamicCache]:
-        """Pass 2: hidden states [N, k, hidden] of the special tokens, and the cache with them."""
-        cache = self.prefix_pass(prefix_ids, lengths)
+    def special_pass(
+        self, cache: DynamicCache, lengths: torch.Tensor, seen: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Pass 2: hidden states [N, k, hidden] of the special tokens, whose keys join the cache."""
+        longest = cache.get_seq_length()
         offsets = torch.arange(self.k, device=lengths.device)
         embeds = self._special_embeds()
         with grouped(self.base):
             output = self._decoder(
-                inputs_embeds=embeds.expand(len(prefix_ids), -1, -1),
+                inputs_embeds=embeds.expand(len(lengths), -1, -1),
                 attention_mask=layer_masks(
                     self.config,
                     embeds.dtype,
-                    lambda window: special_mask(lengths, prefix_ids.shape[1], self.k, window, seen),
+                    lambda window: special_mask(lengths, longest, self.k, window, seen),
                 ),
                 position_ids=lengths[:, None] + offsets,
                 past_key_values=cache,
                 use_cache=True,
             )
-        return output.last_hidden_state, cache
+        return output.last_hidden_state
 
     def _suffix_pass(
         self, suffix_ids: torch.Tensor, starts: torch.Tensor, cache: DynamicCache
