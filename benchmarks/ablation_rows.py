@@ -1,0 +1,96 @@
+"""What `ablations.py` compares: one recipe, and one thing changed in each row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+# A short run, on a laptop; `--data` is paragraphs, then sentences.
+RECIPE: dict[str, Any] = {
+    "mode": "adapter",
+    "steps": 80,
+    "batch_size": 32,
+    "positives": "mix",
+    "drop_rate": 0.5,
+    "span_share": 0.5,
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training.
+
+    Attributes:
+        name: of its folder and its result.
+        title: in the table.
+        changes: of `TrainOptions`, over ``RECIPE``.
+        pairs: which file of pairs `ablations.py` makes for it: ``lead`` or ``mined``.
+        dimensions: further sizes at which embeddings are measured.
+    """
+
+    name: str
+    title: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    pairs: str | None = None
+    dimensions: tuple[int, ...] = ()
+
+
+SIZES = (64, 128, 256)
+GROUPS: dict[str, list[Row]] = {
+    "The recipe, by seed": [
+        Row("base", "the recipe: k = 1, half spans, half dropout 50 %", dimensions=SIZES),
+        Row("seed-1", "seed 1", {"seed": 1}),
+        Row("seed-2", "seed 2", {"seed": 2}),
+    ],
+    "Positives": [
+        Row("spans", "spans alone", {"positives": "spans"}),
+        Row("dropout-50", "dropout 50 % alone", {"positives": "dropout"}),
+        Row("drop-30", "half spans, half dropout 30 %", {"drop_rate": 0.3}),
+        Row("drop-70", "half spans, half dropout 70 %", {"drop_rate": 0.7}),
+        Row("both-dropped", "half spans, half 30 % dropped on both sides",
+            {"drop_rate": 0.3, "anchor_drop_rate": 0.3}),
+        Row("masks-30", "two masks of 30 %", {"positives": "masks", "drop_rate": 0.3}),
+        Row("cloze", "a third each of spans, cloze and dropout",
+            {"span_share": 0.34, "cloze_share": 0.33}),
+        Row("cloze-alone", "cloze alone", {"positives": "cloze"}),
+        Row("lead", "a quarter of first sentences and the rest (title and body)", pairs="lead"),
+    ],
+    "Negatives": [
+        Row("batch-64", "batches of 64", {"batch_size": 64, "rows_per_pass": 64}),
+        Row("batch-128", "batches of 128", {"batch_size": 128, "rows_per_pass": 64}),
+        Row("batch-128-short", "batches of 128, a quarter of the steps",
+            {"batch_size": 128, "rows_per_pass": 64, "steps": 20}),
+        Row("mined", "a quarter with four mined negatives each", pairs="mined"),
+        Row("symmetric", "positives look for their texts, too", {"symmetric": True}),
+    ],
+    "Special tokens": [
+        *(Row(f"k{k}-{pooling}", f"k = {k}, {pooling}", {"special_tokens": k, "pooling": pooling})
+          for k in (2, 4, 8, 16) for pooling in ("mean", "concat")),
+    ],
+    "Matryoshka": [
+        Row("matryoshka", "trained at 64, 128 and 256 numbers, too", {"matryoshka": SIZES},
+            dimensions=SIZES),
+    ],
+    "LoRA": [
+        Row("rank-4", "rank 4", {"lora_rank": 4, "lora_alpha": 8}),
+        Row("rank-64", "rank 64", {"lora_rank": 64, "lora_alpha": 128}),
+        Row("attention", "attention's layers alone", {"lora_modules": "attention"}),
+        Row("mlp", "the MLP's layers alone", {"lora_modules": "mlp"}),
+        Row("last-15", "the last 15 of 30 layers", {"lora_last_layers": 15}),
+    ],
+    "Optimizer": [
+        Row("rate-2.5e-4", "learning rate 2.5e-4", {"contrastive_learning_rate": 2.5e-4}),
+        Row("rate-1e-3", "learning rate 1e-3", {"contrastive_learning_rate": 1e-3}),
+        Row("scale-50", "temperature from 1 / 50", {"scale": 50.0}),
+    ],
+    "Next-token prediction first": [
+        Row("ntp", "80 steps of it before",
+            {"steps": 160, "alpha_schedule": "step", "alpha_steps": 80}),
+        Row("ntp-beside", "beside, alpha 0.5", {"alpha": 0.5}),
+    ],
+    "All weights": [
+        Row("full", "the paper's recipe: 80 steps of mixed next-token prediction, then contrastive",
+            {"mode": "full", "steps": 160, "alpha_steps": 80, "positives": "dropout",
+             "drop_rate": 0.3}),
+    ],
+}  # fmt: skip

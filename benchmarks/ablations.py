@@ -1,0 +1,186 @@
+"""What each part of the training recipe brings: a short training for each row, one table.
+
+    python benchmarks/ablations.py --base DIR --paragraphs FILE --sentences FILE --tasks DIR
+        [--out benchmarks/results] [--rows NAME ...] [--work runs/ablations]
+
+Trains what is not in ``ablations.json`` yet, one row after the other, and measures it on the
+development tasks (`development.py`); writes ``ablations.md`` from all that is there. A row takes a
+few minutes on two cores; stop it and run it again as you like.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ablation_rows import GROUPS, RECIPE, Row
+from development import TASKS, CheckpointEmbedder, Prefixes, development_scores
+
+from gem_vllm.folders import write_json
+from gem_vllm.machine import cpu_name
+from gem_vllm.training.data import open_text
+from gem_vllm.training.model_card import command_line, source_commit
+from gem_vllm.training.options import TrainOptions
+from gem_vllm.training.run import compute_dtype, train
+
+MINED_SENTENCES = 20_000
+
+
+def main() -> None:
+    """Train, measure, report."""
+    args = parse()
+    rows = {row.name: row for group in GROUPS.values() for row in group}
+    if unknown := set(args.rows or ()) - rows.keys():
+        sys.exit(f"no such row: {', '.join(sorted(unknown))}; there are {', '.join(rows)}")
+    file = args.out / "ablations.json"
+    results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    prefixes = {keep: Prefixes(args.base, keep=keep) for keep in (True, False)}
+    for name in args.rows or rows:
+        if name in results:
+            continue
+        print(f"{name}: {rows[name].title}", flush=True)
+        results[name] = run(rows[name], args, prefixes)
+        write_json(file.with_suffix(".tmp"), results)
+        file.with_suffix(".tmp").replace(file)
+        print(results[name]["scores"], flush=True)
+    (args.out / "ablations.md").write_text(markdown(results), encoding="utf-8")
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--base", type=Path, required=True, help="folder of the base model")
+    parser.add_argument("--paragraphs", type=Path, required=True, help="text, a paragraph a line")
+    parser.add_argument("--sentences", type=Path, required=True, help="text, a sentence a line")
+    parser.add_argument("--tasks", type=Path, required=True, help="folder with a folder a task")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--work", type=Path, default=Path("runs/ablations"))
+    parser.add_argument("--rows", nargs="+", help="names of rows; all by default")
+    return parser.parse_args()
+
+
+def run(row: Row, args: argparse.Namespace, prefixes: dict[bool, Prefixes]) -> dict[str, Any]:
+    """Train and measure one row."""
+    changes: dict[str, Any] = {**RECIPE, **row.changes}
+    if row.pairs:
+        changes["pairs"] = str(make_pairs(row.pairs, args))
+    options = TrainOptions(
+        base=args.base,
+        data=(str(args.paragraphs), str(args.sentences)),
+        out=args.work / row.name,
+        save_every=changes["steps"],
+        **changes,
+    )
+    started = time.perf_counter()
+    train(options, overwrite=True)
+    seconds = time.perf_counter() - started
+    dtype = compute_dtype("auto")
+    embedder = CheckpointEmbedder(options.out, prefixes[options.mode == "adapter"], dtype=dtype)
+    result = {
+        "command": command_line(options),
+        "seconds": round(seconds),
+        "scores": development_scores(embedder, args.tasks),
+        "dimensions": {},
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "hardware": cpu_name(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "commit": source_commit(),
+    }
+    for size in row.dimensions:
+        embedder.dimensions = size
+        result["dimensions"][str(size)] = development_scores(embedder, args.tasks)
+    if row.name != "base":  # mining starts from that one
+        shutil.rmtree(options.out)
+    return result
+
+
+def make_pairs(kind: str, args: argparse.Namespace) -> Path:
+    """A file for ``--pairs``, made once."""
+    file = args.work / f"{kind}.jsonl.gz"
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lead(args.paragraphs, file) if kind == "lead" else mined(args, file)
+    return file
+
+
+def lead(paragraphs: Path, file: Path) -> None:
+    """A paragraph's first sentence, and the rest of it: Wikipedia's nearest to title and body."""
+    part = file.with_suffix(".tmp")
+    with open_text(paragraphs) as lines, gzip.open(part, "wt", encoding="utf-8") as out:
+        for line in lines:
+            first, _, rest = re.sub(r"([.!?]) (?=[A-Z])", "\\1\n", line.strip(), count=1).partition(
+                "\n"
+            )
+            if len(rest.split()) >= 8:
+                out.write(json.dumps({"anchor": first, "positive": rest}) + "\n")
+    part.replace(file)
+
+
+def mined(args: argparse.Namespace, file: Path) -> None:
+    """Near neighbours of the first sentences, by the recipe's own model."""
+    texts, vectors = args.work / "sentences.txt", args.work / "vectors"
+    with open_text(args.sentences) as lines, texts.open("w", encoding="utf-8") as out:
+        out.writelines(line for _, line in zip(range(MINED_SENTENCES), lines, strict=False))
+    command = [sys.executable, "-m", "gem_vllm.cli"]
+    embed = ["embed", "--model", args.work / "base", "--input", texts, "--output", vectors]
+    for step in (embed, ["mine", vectors, "--out", file]):
+        more = ["--keep", "text"] if step is embed else []
+        subprocess.run([*command, *map(str, [*step, *more])], check=True)
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The table of all rows that there are results of."""
+    lines = [
+        "# What each part of the recipe brings",
+        "",
+        "Short trainings of one recipe, one thing changed in each, on two cores.",
+        "The seeds show how far two runs of the same may be apart. Development tasks, texts cut at",
+        "256 tokens, the metrics of mteb; computed with transformers, not with the engine.",
+        "",
+    ]
+    titles = ["", *(name.removesuffix("_Reranking") for name in TASKS), "mean", "seconds"]
+    for group, rows in GROUPS.items():
+        done = [row for row in rows if row.name in results]
+        if not done:
+            continue
+        lines += [f"## {group}", "", cells(titles), cells(["---"] * len(titles))]
+        for row in done:
+            result = results[row.name]
+            lines.append(cells([row.title, *figures(result["scores"]), str(result["seconds"])]))
+            for size, scores in result["dimensions"].items():
+                lines.append(cells([f"the first {size} numbers of these", *figures(scores), ""]))
+        lines.append("")
+    lines += ["## Commands", "", "Files by name; of the rows above, in order.", "", "```"]
+    order = [row for rows in GROUPS.values() for row in rows if row.name in results]
+    lines += [results[row.name]["command"] for row in order]
+    about = sorted(
+        {
+            f"{entry['hardware']}, {entry['dtype']}, {entry['date']}, commit {entry['commit']}"
+            for entry in results.values()
+        }
+    )
+    return "\n".join([*lines, "```", "", *about]) + "\n"
+
+
+def figures(scores: dict[str, float]) -> list[str]:
+    """Of each task, and their mean."""
+    values = [scores[name] for name in TASKS]
+    return [f"{value:.4f}" for value in [*values, sum(values) / len(values)]]
+
+
+def cells(values: list[str]) -> str:
+    """A line of a table."""
+    return f"| {' | '.join(values)} |"
+
+
+if __name__ == "__main__":
+    main()

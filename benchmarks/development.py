@@ -1,0 +1,135 @@
+"""Development tasks for many trained models of one base, which is computed once for all of them.
+
+In adapter mode a text's keys and values are the base's, whatever was trained. So they are kept, and
+a model is measured by its special tokens alone, in seconds. Figures of record come from
+``gem-vllm evaluate``, through the engine; tests/benchmarks holds the two together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mteb
+import numpy as np
+import torch
+from transformers import AutoTokenizer, DynamicCache
+
+from gem_vllm.checkpoint import load_checkpoint
+from gem_vllm.evaluation.encoder import GemEncoder
+from gem_vllm.evaluation.local_tasks import local_task
+from gem_vllm.training.adapter_model import AdapterModel
+from gem_vllm.training.batches import plain_prompt_template
+from gem_vllm.training.dense_model import DenseModel
+from gem_vllm.training.losses import leading, pool
+from gem_vllm.training.model import GemTrainingModel
+from gem_vllm.training.sequences import pad
+
+TASKS = ("STSBenchmark", "STS12", "TRECQA_Reranking", "WikiQA_Reranking", "Cranfield")
+# Of a text: what comes behind is cut off. The keys and values of all texts are held in memory.
+MAX_TOKENS = 256
+TEXTS_AT_ONCE = 64
+
+
+class Prefixes:
+    """Texts in batches of like length, with their keys and values once a model has computed them.
+
+    Args:
+        base: folder of the base.
+        keep: whether to keep them, for models that leave the base as it is.
+    """
+
+    def __init__(self, base: Path, *, keep: bool) -> None:
+        self._tokenizer = AutoTokenizer.from_pretrained(base)
+        self._template = plain_prompt_template(self._tokenizer)
+        self._keep = keep
+        self._kept: dict[tuple[str, ...], list[tuple[list[int], DynamicCache, torch.Tensor]]] = {}
+
+    def states(self, model: GemTrainingModel, texts: Sequence[str]) -> torch.Tensor:
+        """Last hidden states [n, k, hidden] of the special tokens behind each text."""
+        if not (self._keep and isinstance(model, AdapterModel)):
+            batches = [
+                (rows, model.special_states(*padded)) for rows, padded in self._batches(texts)
+            ]
+        else:
+            kept = self._kept.get(tuple(texts))
+            if kept is None:
+                kept = [
+                    (rows, model.prefix_pass(*padded), padded[1])
+                    for rows, padded in self._batches(texts)
+                ]
+                self._kept[tuple(texts)] = kept
+            batches = [
+                (rows, model.special_pass(_copy(cache), lengths)) for rows, cache, lengths in kept
+            ]
+        first = batches[0][1]
+        states = first.new_zeros(len(texts), *first.shape[1:])
+        for rows, part in batches:
+            states[rows] = part
+        return states
+
+    def _batches(
+        self, texts: Sequence[str]
+    ) -> list[tuple[list[int], tuple[torch.Tensor, torch.Tensor]]]:
+        ids = self._tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        prompts = [self._template.wrap(row[:MAX_TOKENS]) for row in ids]
+        order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+        parts = [
+            order[start : start + TEXTS_AT_ONCE] for start in range(0, len(order), TEXTS_AT_ONCE)
+        ]
+        return [(rows, pad([prompts[row] for row in rows])) for rows in parts]
+
+
+class CheckpointEmbedder:
+    """A GEM checkpoint on transformers, as `gem_vllm.evaluation.encoder.Embedder`.
+
+    Args:
+        folder: of the checkpoint.
+        prefixes: of its base.
+        dtype: to compute in.
+        dimensions: leading numbers of an embedding; None for all.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        prefixes: Prefixes,
+        *,
+        dtype: torch.dtype,
+        dimensions: int | None = None,
+    ) -> None:
+        lm, _, config = load_checkpoint(folder, dtype=dtype)
+        kind = AdapterModel if config.train_mode == "adapter" else DenseModel
+        arguments: dict[str, Any] = {"scale": 20.0, "symmetric": False}
+        self._model = kind(lm, config.special_token_ids, config.pooling, **arguments)
+        self._prefixes, self.dimensions = prefixes, dimensions
+
+    @torch.no_grad()
+    def embed(self, texts: list[str]) -> np.ndarray:
+        states = self._prefixes.states(self._model, texts)
+        return leading(pool(states, self._model.pooling), self.dimensions).numpy()
+
+
+def development_scores(embedder: Any, tasks: Path) -> dict[str, float]:
+    """Main score of each task of ``TASKS``, from folders in ``tasks``."""
+    encoder = GemEncoder(embedder, "development", "0")
+    scores = {}
+    for name in TASKS:
+        result = mteb.evaluate(
+            encoder,
+            local_task(tasks / name),
+            cache=None,
+            co2_tracker=False,
+            show_progress_bar=False,
+        )
+        scores[name] = float(result.task_results[0].main_score)
+    return scores
+
+
+def _copy(cache: DynamicCache) -> DynamicCache:
+    """One that can be added to; the tensors are the same."""
+    copy = DynamicCache()
+    for index, layer in enumerate(cache.layers):
+        copy.update(layer.keys, layer.values, index)
+    return copy
