@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import IterableDataset
 
 from gem_vllm.errors import GemError
+from gem_vllm.training import peers
 from gem_vllm.training.data import TextSource, shuffled
 from gem_vllm.training.losses import alpha_at
 from gem_vllm.training.options import TrainOptions
@@ -37,7 +38,8 @@ class TrainBatches(IterableDataset):
     A share of all contrastive batches is of labelled pairs, where there are some.
 
     What is random in step s is drawn from (seed, s), and texts are read again from the start when
-    they run out, in another order.
+    they run out, in another order. Of several processes (`peers`) each gives an equal part of every
+    batch, so that together they see what one would.
     """
 
     def __init__(self, options: TrainOptions, tokenizer: Any, special_ids: tuple[int, ...]) -> None:
@@ -75,15 +77,26 @@ class TrainBatches(IterableDataset):
             batch = {"alpha": torch.tensor(alpha)}
             if alpha > 0.0:
                 rows = labelled or [self._pair(content, kind, rng) for content in contents]
-                batch |= self._contrastive(rows)
+                batch |= self._contrastive(rows[self._own])
                 if not labelled and kind == "masks":
-                    batch["cl_seen"] = self._seen(batch["cl_lengths"], f"{options.seed}/{step}")
+                    batch["cl_seen"] = self._seen(rows, f"{options.seed}/{step}")
             if alpha < 1.0:
                 batch |= self._next_token(contents, rng)
             yield batch
 
+    @property
+    def _own(self) -> slice:
+        """This process's part of a batch."""
+        part = self.options.batch_size // peers.count()
+        return slice(peers.rank() * part, (peers.rank() + 1) * part)
+
     def check(self) -> None:
         """Read the first batch of every source; raise GemError where that cannot be done."""
+        if self.options.batch_size % peers.count():
+            raise GemError(
+                f"--batch-size {self.options.batch_size} does not go into equal parts for "
+                f"{peers.count()} processes"
+            )
         for index, source in enumerate(self.sources):
             source.check()
             stream = self._contents(index)
@@ -161,13 +174,14 @@ class TrainBatches(IterableDataset):
         ids, lengths = pad([self.template.wrap(row) for row in rows])
         return {"cl_ids": ids, "cl_lengths": lengths, "cl_pairs": torch.tensor(len(pairs))}
 
-    def _seen(self, lengths: torch.Tensor, seed: str) -> torch.Tensor:
+    def _seen(self, pairs: list[list[list[int]]], seed: str) -> torch.Tensor:
         """Two masks of each text: a share of its tokens hidden, the first one (a BOS) never."""
+        lengths = [len(self.template.wrap(anchor)) for anchor, _ in pairs]
         generator = torch.Generator().manual_seed(random.Random(seed).getrandbits(63))
-        shape = (len(lengths), int(lengths.max()))
+        shape = (2, len(pairs), max(lengths))
         seen = torch.rand(shape, generator=generator) >= self.options.drop_rate
-        seen[:, 0] = True
-        return seen
+        seen[:, :, 0] = True
+        return seen[:, self._own, : max(lengths[self._own])].flatten(0, 1)
 
     def _next_token(self, contents: list[list[int]], rng: random.Random) -> dict[str, torch.Tensor]:
         options = self.options
@@ -183,7 +197,7 @@ class TrainBatches(IterableDataset):
             )
             for content in contents
         ]
-        ids, lengths = pad(rows)
+        ids, lengths = pad(rows[self._own])
         return {"ntp_ids": ids, "ntp_lengths": lengths}
 
     def _pair(self, content: list[int], kind: str, rng: random.Random) -> list[list[int]]:

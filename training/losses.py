@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
+from gem_vllm.training import peers
+
 AlphaSchedule = Literal["step", "linear", "constant"]
 
 MAX_SCALE = 100.0
@@ -40,17 +42,17 @@ def info_nce(
     anchors, positives: [N, d], float32, L2-normalised; negatives: [M, d], further ones for all
     anchors. log_temperature: scalar lambda, clamped to
     [0, log 100]; the similarity is the cosine times exp(lambda). ``symmetric`` averages both
-    directions (ours); otherwise anchors look for their positives (the paper). Returns a scalar.
+    directions (ours); otherwise anchors look for their positives (the paper). Returns a scalar: the
+    mean over this process's rows, among those of all processes (`peers`).
     """
     scale = log_temperature.clamp(0.0, MAX_LOG_TEMPERATURE).exp()
-    similarity = scale * anchors @ positives.T
-    target = torch.arange(len(anchors), device=anchors.device)
-    all_similar = similarity
-    if negatives is not None and len(negatives):
-        all_similar = torch.cat([similarity, scale * anchors @ negatives.T], dim=1)
-    loss = F.cross_entropy(all_similar, target)
+    target = torch.arange(len(anchors), device=anchors.device) + peers.rank() * len(anchors)
+    candidates = peers.gather(positives)
+    if negatives is not None:
+        candidates = torch.cat([candidates, peers.gather(negatives)])
+    loss = F.cross_entropy(scale * anchors @ candidates.T, target)
     if symmetric:
-        loss = 0.5 * (loss + F.cross_entropy(similarity.T, target))
+        loss = 0.5 * (loss + F.cross_entropy(scale * positives @ peers.gather(anchors).T, target))
     return loss
 
 
@@ -66,9 +68,11 @@ def next_token_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor
     """Mean cross-entropy of the predicting positions alone, in float32.
 
     logits: [P, V]; targets: int64 [P]. Zero (with a gradient of zero) where nothing is predicted.
+    Of several processes (`peers`), the mean of what they return is the mean over all positions.
     """
     total = F.cross_entropy(logits.float(), targets, reduction="sum")
-    return total / max(targets.numel(), 1)
+    positions = peers.total(torch.tensor(targets.numel(), device=targets.device))
+    return total * peers.count() / positions.clamp(min=1)
 
 
 def alpha_at(step: int, schedule: AlphaSchedule, *, value: float, switch_step: int) -> float:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel, TrainingArguments
@@ -47,17 +48,23 @@ def train(
     Raises GemError for bad input, before any long work, and for a disk that is full. A
     KeyboardInterrupt passes through; the last checkpoint is whole in either case.
     """
-    _check_processes()
+    state = _join_processes()
     commit = source_commit()
-    _check_folders(options, resume=resume, overwrite=overwrite)
+    if state.is_main_process:
+        _check_folders(options, resume=resume, overwrite=overwrite)
+    state.wait_for_everyone()
     trainer, tokenizer, gem_config = make_trainer(options, progress=progress)
-    start = _start_run(options, resume=resume)
+    if state.is_main_process:
+        _start_run(options, resume=resume)
+    state.wait_for_everyone()
+    start = (whole_checkpoints(options.run_folder) or [None])[-1]
     if start is not None:
         trainer.train_dataset.start_step = int(start.name.rpartition("-")[2])
     try:
         trainer.train(resume_from_checkpoint=None if start is None else str(start))
-        _save(trainer, tokenizer, gem_config)
-        write_model_card(options.out, options, trainer.state.log_history, commit)
+        if state.is_main_process:
+            _save(trainer, tokenizer, gem_config)
+            write_model_card(options.out, options, trainer.state.log_history, commit)
     except (OSError, RuntimeError, SafetensorError) as error:
         if _is_disk_full(error, options.run_folder):
             raise GemError(
@@ -65,8 +72,10 @@ def train(
                 "make room and continue with --resume"
             ) from error
         raise
-    for checkpoint in whole_checkpoints(options.run_folder):
-        shutil.rmtree(checkpoint)
+    if state.is_main_process:
+        for checkpoint in whole_checkpoints(options.run_folder):
+            shutil.rmtree(checkpoint)
+    state.wait_for_everyone()
     return options.out
 
 
@@ -168,7 +177,7 @@ def training_arguments(options: TrainOptions, *, bf16: bool) -> TrainingArgument
         use_cpu=not torch.cuda.is_available(),
         bf16=bf16 and options.mode != "adapter",
     )
-    # One process on one device: a batch's rows are each other's negatives, it is never split.
+    # One device a process: `peers` splits batches, whose rows are each other's negatives.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
 
@@ -216,8 +225,8 @@ def _check_folders(options: TrainOptions, *, resume: bool, overwrite: bool) -> N
             raise GemError(f"--resume needs the options of the run's start; these differ: {flags}")
 
 
-def _start_run(options: TrainOptions, *, resume: bool) -> Path | None:
-    """Make the run's folder, anew or to go on; return the checkpoint to continue from, if any."""
+def _start_run(options: TrainOptions, *, resume: bool) -> None:
+    """Make the run's folder, anew, or with the whole checkpoints that there are to go on from."""
     run = options.run_folder
     if run.exists() and not resume:
         shutil.rmtree(run)
@@ -230,16 +239,17 @@ def _start_run(options: TrainOptions, *, resume: bool) -> Path | None:
     if resume:
         where = f"step {whole[-1].name.rpartition('-')[2]}" if whole else "the start"
         print(f"{run}: continuing from {where}", file=sys.stderr)
-    return whole[-1] if whole else None
 
 
 def _is_empty(path: Path) -> bool:
     return path.is_dir() and not any(path.iterdir())
 
 
-def _check_processes() -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise GemError("training runs as one process on one device; start it without a launcher")
+def _join_processes() -> PartialState:
+    """Meet the other processes, where a launcher (torchrun, accelerate) has started several."""
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        raise GemError("training does not run under FSDP yet; launch it with --multi-gpu (DDP)")
+    return PartialState(cpu=not torch.cuda.is_available())
 
 
 def _is_disk_full(error: BaseException, folder: Path) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import (
@@ -23,6 +24,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import IntervalStrategy
 
 from gem_vllm.errors import GemError
+from gem_vllm.training import peers
 from gem_vllm.training.batches import TrainBatches
 from gem_vllm.training.held_out import HeldOutPairs
 from gem_vllm.training.losses import MAX_LOG_TEMPERATURE, alpha_at
@@ -90,10 +92,11 @@ class GemTrainer(Trainer):
         """The model's own loss; its parts and its tokens are kept for the log."""
         kwargs["return_outputs"] = False
         outputs = model(**inputs)
+        means = {name: peers.total(value) / peers.count() for name, value in outputs.items()}
         for name in ("loss_ntp", "loss_cl"):
-            if name in outputs:
-                self._window.setdefault(name, []).append(outputs[name].item())
-        if not torch.isfinite(outputs["loss"]):
+            if name in means:
+                self._window.setdefault(name, []).append(means[name].item())
+        if not torch.isfinite(means["loss"]):
             raise GemError(
                 f"the loss is not finite at step {self.state.global_step + 1}; "
                 "use a lower learning rate, or --dtype float32"
@@ -107,7 +110,9 @@ class GemTrainer(Trainer):
         """Spearman's correlation on the held-out pairs."""
         assert self.held_out is not None
         started = time.perf_counter()
-        metrics = {SPEARMAN: self.held_out.spearman(self.model)}
+        # One process's figure for all: whether to stop must not differ by a rounding.
+        mine = self.held_out.spearman(self.model) if peers.rank() == 0 else 0.0
+        metrics = {SPEARMAN: float(peers.total(torch.tensor(mine, device=self.args.device)))}
         self._window_start += time.perf_counter() - started
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
@@ -122,7 +127,8 @@ class GemTrainer(Trainer):
             logs |= {name: sum(values) / len(values) for name, values in self._window.items()}
             log_temperature = float(self.model.log_temperature.detach())
             logs["temperature"] = math.exp(min(max(log_temperature, 0.0), MAX_LOG_TEMPERATURE))
-            logs["tokens_per_s"] = self._window_tokens / seconds
+            tokens = torch.tensor(self._window_tokens, device=self.args.device)
+            logs["tokens_per_s"] = int(peers.total(tokens)) / seconds
             self._window, self._window_tokens = {}, 0
             self._window_start = time.perf_counter()
         super().log(logs, start_time)
@@ -217,6 +223,9 @@ class MarkWhole(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Flush the new checkpoint's files to disk, then write the mark."""
+        PartialState().wait_for_everyone()  # each process has a file of its own in it
+        if not state.is_world_process_zero:
+            return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         sizes = {}
         for path in sorted(folder.iterdir()):

@@ -1,0 +1,106 @@
+"""Two processes train as one does: the same losses, the same weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gem_vllm.training.options import TrainOptions, flag
+from gem_vllm.training.run import train
+from tests.training.conftest import losses, train_until
+
+PROCESSES = 2
+
+
+def launch(options: TrainOptions, *extra: str) -> subprocess.CompletedProcess[str]:
+    """The command line under torchrun, on the CPU."""
+    words = list(extra)
+    defaults = TrainOptions(
+        base=options.base, data=options.data, out=options.out, mode=options.mode
+    )
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if value is True:
+            words.append(flag(field.name))
+        elif field.name in ("base", "data", "out", "mode") or value != getattr(
+            defaults, field.name
+        ):
+            for each in value if isinstance(value, tuple) else (value,):
+                words += [flag(field.name), str(each)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}"]
+    command = [sys.executable, *launcher, "-m", "gem_vllm.cli", "train", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=500)
+
+
+def weights(options: TrainOptions) -> dict[str, torch.Tensor]:
+    folder = options.out / "gem_adapter" if options.mode == "adapter" else options.out
+    return load_file(next(iter(sorted(folder.glob("*.safetensors")))))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"symmetric": True, "matryoshka": (16,)},
+        {"positives": "masks", "rows_per_pass": 3},
+        {"mode": "full", "raw_share": 0.5},
+    ],
+    ids=["adapter", "masks", "full"],
+)
+def test_two_processes_train_as_one(
+    options: TrainOptions, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(
+        "".join(
+            json.dumps(
+                {
+                    "anchor": f"the old river {number} of the city",
+                    "positive": f"a stone bridge {number}",
+                    "negative": ["bread and flour"] * (number % 3),
+                }
+            )
+            + "\n"
+            for number in range(20)
+        )
+    )
+    options = dataclasses.replace(
+        options, pairs=str(pairs), pairs_share=0.5, contrastive_learning_rate=1e-3, **changes
+    )
+    train(options, progress=False)
+    together = dataclasses.replace(options, out=tmp_path / "together")
+    done = launch(together)
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected, found = losses(options), losses(together)
+    for name in ("loss_ntp", "loss_cl"):
+        assert found[name] == pytest.approx(expected[name], abs=1e-3)
+        assert len(found[name]) == options.steps
+    for name, value in weights(options).items():
+        torch.testing.assert_close(weights(together)[name], value, atol=2e-3, rtol=1e-2)
+    assert (together.out / "README.md").is_file()
+
+
+def test_an_interrupted_run_goes_on_in_both(options: TrainOptions, tmp_path: Path) -> None:
+    whole = dataclasses.replace(options, out=tmp_path / "whole")
+    train(whole, progress=False)
+    half = dataclasses.replace(options, steps=6, save_every=2)
+    # Interrupted: its last checkpoint is there, and its result is not.
+    train_until(5, half)
+    done = launch(half, "--resume")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "continuing from step 4" in done.stderr
+    assert losses(half)["loss_cl"] == pytest.approx(losses(whole)["loss_cl"], abs=1e-3)
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(options: TrainOptions) -> None:
+    done = launch(dataclasses.replace(options, batch_size=9))
+    assert done.returncode != 0
+    assert "--batch-size 9 does not go into equal parts for 2 processes" in done.stderr
+    assert not options.out.exists()

@@ -1,0 +1,59 @@
+"""Processes that train one model together: each computes a part of every batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def count() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gather(rows: torch.Tensor) -> torch.Tensor:
+    """The rows of all processes, in the order of their ranks, with gradients to each one's own.
+
+    rows: [n, d], n differing by process. Returns [sum of n, d]. The gradient of a process's rows is
+    the sum over what all processes made of them, so that the mean of the processes' losses, whose
+    gradients DDP averages, has the gradients that one process has with the whole batch.
+    """
+    return rows if count() == 1 else _Gather.apply(rows)
+
+
+def total(values: torch.Tensor) -> torch.Tensor:
+    """The sum over all processes, without gradients."""
+    values = values.detach().clone()
+    if count() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+class _Gather(torch.autograd.Function):
+    """As `gather`. torch's own all_gather with gradients wants rows of one number everywhere."""
+
+    @staticmethod
+    def forward(context: Any, rows: torch.Tensor) -> torch.Tensor:
+        lengths = [torch.zeros((), dtype=torch.int64, device=rows.device) for _ in range(count())]
+        dist.all_gather(lengths, torch.tensor(len(rows), device=rows.device))
+        sizes = [int(length) for length in lengths]
+        padded = rows.new_zeros(max(sizes), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        parts = [torch.zeros_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded)
+        context.start, context.length = sum(sizes[: rank()]), len(rows)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    @staticmethod
+    def backward(context: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        (gradient,) = gradients
+        gradient = gradient.contiguous().clone()
+        dist.all_reduce(gradient)
+        return gradient[context.start : context.start + context.length]
