@@ -83,7 +83,11 @@ GROUPS: dict[str, list[Row]] = {
         Row("rate-1e-3", "learning rate 1e-3", {"contrastive_learning_rate": 1e-3}),
         Row("scale-50", "temperature from 1 / 50", {"scale": 50.0}),
     ],
-    "Next-token prediction first": [
+    "Instruction before the special tokens": [
+        Row("instruction", "' This means in one word:'",
+            {"instruction": " This means in one word:"}),
+    ],
+    "Next-token prediction": [
         Row("ntp", "80 steps of it before",
             {"steps": 160, "alpha_schedule": "step", "alpha_steps": 80}),
         Row("ntp-beside", "beside, alpha 0.5", {"alpha": 0.5}),

@@ -43,12 +43,14 @@ def main() -> None:
         sys.exit(f"no such row: {', '.join(sorted(unknown))}; there are {', '.join(rows)}")
     file = args.out / "ablations.json"
     results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    # Of the code that is loaded now, whatever is edited while it runs.
+    commit = source_commit()
     prefixes = {keep: Prefixes(args.base, keep=keep) for keep in (True, False)}
     for name in args.rows or rows:
         if name in results:
             continue
         print(f"{name}: {rows[name].title}", flush=True)
-        results[name] = run(rows[name], args, prefixes)
+        results[name] = {**run(rows[name], args, prefixes), "commit": commit}
         write_json(file.with_suffix(".tmp"), results)
         file.with_suffix(".tmp").replace(file)
         print(results[name]["scores"], flush=True)
@@ -93,7 +95,6 @@ def run(row: Row, args: argparse.Namespace, prefixes: dict[bool, Prefixes]) -> d
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "hardware": cpu_name(),
         "dtype": str(dtype).removeprefix("torch."),
-        "commit": source_commit(),
     }
     for size in row.dimensions:
         embedder.dimensions = size

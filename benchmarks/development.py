@@ -24,7 +24,7 @@ from gem_vllm.training.batches import plain_prompt_template
 from gem_vllm.training.dense_model import DenseModel
 from gem_vllm.training.losses import leading, pool
 from gem_vllm.training.model import GemTrainingModel
-from gem_vllm.training.sequences import pad
+from gem_vllm.training.sequences import Template, pad
 
 TASKS = ("STSBenchmark", "STS12", "TRECQA_Reranking", "WikiQA_Reranking", "Cranfield")
 # Of a text: what comes behind is cut off. The keys and values of all texts are held in memory.
@@ -46,18 +46,21 @@ class Prefixes:
         self._keep = keep
         self._kept: dict[tuple[str, ...], list[tuple[list[int], DynamicCache, torch.Tensor]]] = {}
 
-    def states(self, model: GemTrainingModel, texts: Sequence[str]) -> torch.Tensor:
+    def states(
+        self, model: GemTrainingModel, texts: Sequence[str], instruction: tuple[int, ...]
+    ) -> torch.Tensor:
         """Last hidden states [n, k, hidden] of the special tokens behind each text."""
-        if not (self._keep and isinstance(model, AdapterModel)):
+        if not (self._keep and isinstance(model, AdapterModel) and not instruction):
             batches = [
-                (rows, model.special_states(*padded)) for rows, padded in self._batches(texts)
+                (rows, model.special_states(*padded))
+                for rows, padded in self._batches(texts, instruction)
             ]
         else:
             kept = self._kept.get(tuple(texts))
             if kept is None:
                 kept = [
                     (rows, model.prefix_pass(*padded), padded[1])
-                    for rows, padded in self._batches(texts)
+                    for rows, padded in self._batches(texts, ())
                 ]
                 self._kept[tuple(texts)] = kept
             batches = [
@@ -70,10 +73,11 @@ class Prefixes:
         return states
 
     def _batches(
-        self, texts: Sequence[str]
+        self, texts: Sequence[str], instruction: tuple[int, ...]
     ) -> list[tuple[list[int], tuple[torch.Tensor, torch.Tensor]]]:
         ids = self._tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-        prompts = [self._template.wrap(row[:MAX_TOKENS]) for row in ids]
+        template = Template(self._template.head, self._template.tail, instruction)
+        prompts = [template.wrap_to_embed(row[:MAX_TOKENS]) for row in ids]
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
         parts = [
             order[start : start + TEXTS_AT_ONCE] for start in range(0, len(order), TEXTS_AT_ONCE)
@@ -103,11 +107,12 @@ class CheckpointEmbedder:
         kind = AdapterModel if config.train_mode == "adapter" else DenseModel
         arguments: dict[str, Any] = {"scale": 20.0, "symmetric": False}
         self._model = kind(lm, config.special_token_ids, config.pooling, **arguments)
+        self._instruction = config.instruction_ids
         self._prefixes, self.dimensions = prefixes, dimensions
 
     @torch.no_grad()
     def embed(self, texts: list[str]) -> np.ndarray:
-        states = self._prefixes.states(self._model, texts)
+        states = self._prefixes.states(self._model, texts, self._instruction)
         return leading(pool(states, self._model.pooling), self.dimensions).numpy()
 
 

@@ -25,7 +25,7 @@ __all__ = [
 MAX_SPECIAL_TOKENS = 64
 POOLINGS = ("mean", "concat")
 TRAIN_MODES = ("full", "lora", "adapter")
-VERSIONS = (1,)
+VERSIONS = (1, 2)
 
 SUPPORTED_ARCHITECTURES: dict[str, str] = {
     f"{base}ForCausalLM": f"Gem{base}ForCausalLM"
@@ -70,7 +70,10 @@ class GemConfig:
         train_mode: ``full``, ``lora`` (merged into the weights) or ``adapter`` (a LoRA that acts
             at special positions only, beside the base's own weights).
         base_model: the base's name, or the folder it came from.
-        version: of this format.
+        version: of this format; 2 where there is an instruction, which readers of version 1 would
+            leave out.
+        instruction_ids: of an instruction that every text is followed by, before the special
+            tokens; most checkpoints have none.
         extra: keys that this version does not know; kept when the checkpoint is written again.
 
     Raises:
@@ -82,6 +85,7 @@ class GemConfig:
     train_mode: str = "adapter"
     base_model: str = ""
     version: int = 1
+    instruction_ids: tuple[int, ...] = ()
     extra: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
@@ -98,10 +102,18 @@ class GemConfig:
             raise GemConfigError(
                 f"gem_config base_model is {self.base_model!r}; give the base's name as a string"
             )
+        object.__setattr__(self, "instruction_ids", _instruction_ids(self))
+        if self.instruction_ids:
+            object.__setattr__(self, "version", VERSIONS[-1])
         if shadowed := _KNOWN_KEYS.intersection(self.extra):
             raise GemConfigError(
                 f"gem_config extra repeats {sorted(shadowed)}; set these as fields instead"
             )
+
+    @property
+    def appended_ids(self) -> tuple[int, ...]:
+        """What goes behind a text to be embedded: an instruction, if any, the special tokens."""
+        return self.instruction_ids + self.special_token_ids
 
     @property
     def k(self) -> int:
@@ -120,6 +132,7 @@ class GemConfig:
             "pooling": self.pooling,
             "train_mode": self.train_mode,
             "base_model": self.base_model,
+            **({"instruction_ids": list(self.instruction_ids)} if self.instruction_ids else {}),
             **self.extra,
         }
 
@@ -128,9 +141,9 @@ class GemConfig:
         """Read and check the value of ``gem_config``; GemConfigError says what is wrong."""
         if not isinstance(d, Mapping):
             raise GemConfigError(f"gem_config is {d!r}; it must be an object with keys and values")
-        if missing := sorted(_KNOWN_KEYS.difference(d)):
+        if missing := sorted(_KNOWN_KEYS.difference(d, {"instruction_ids"})):
             raise GemConfigError(f"gem_config lacks {', '.join(missing)}; add what is missing")
-        known = {key: d[key] for key in _KNOWN_KEYS}
+        known = {key: d[key] for key in _KNOWN_KEYS if key in d}
         return cls(**known, extra={key: d[key] for key in d if key not in _KNOWN_KEYS})
 
     @classmethod
@@ -149,9 +162,9 @@ class GemConfig:
             )
         gem_config = cls.from_dict(found)
         vocab = config.get("vocab_size") if as_dict else getattr(config, "vocab_size", None)
-        if vocab is not None and (highest := max(gem_config.special_token_ids)) >= vocab:
+        if vocab is not None and (highest := max(gem_config.appended_ids)) >= vocab:
             raise GemConfigError(
-                f"gem_config special_token_ids has {highest}, and the vocabulary ends at "
+                f"gem_config names a token id {highest}, and the vocabulary ends at "
                 f"{vocab - 1}; save the checkpoint again, with a row for each special token"
             )
         return gem_config
@@ -176,7 +189,20 @@ class GemConfig:
             raise GemConfigError(f"{folder}: {error}") from None
 
 
-_KNOWN_KEYS = frozenset({"version", "special_token_ids", "pooling", "train_mode", "base_model"})
+_KNOWN_KEYS = frozenset(
+    {"version", "special_token_ids", "pooling", "train_mode", "base_model", "instruction_ids"}
+)
+
+
+def _instruction_ids(config: GemConfig) -> tuple[int, ...]:
+    ids = config.instruction_ids
+    if not isinstance(ids, (list, tuple)) or not all(type(i) is int and i >= 0 for i in ids):
+        raise GemConfigError(
+            f"gem_config instruction_ids is {ids!r}; it must be a list of token ids"
+        )
+    if not set(config.special_token_ids).isdisjoint(ids):
+        raise GemConfigError("gem_config instruction_ids names a special token; take it out")
+    return tuple(ids)
 
 
 def _token_ids(ids: Any) -> tuple[int, ...]:

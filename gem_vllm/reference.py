@@ -54,6 +54,8 @@ class ReferenceEmbedder:
     def embed(self, texts: Sequence[str] | Sequence[Sequence[int]]) -> Tensor:
         """Embed each text: its tokens, the special tokens, one forward pass, pooling, L2 norm.
 
+        Where the checkpoint has an instruction, it goes between the text and the special tokens.
+
         Args:
             texts: n texts, or n lists of token ids without special tokens.
 
@@ -69,7 +71,7 @@ class ReferenceEmbedder:
         size = self.gem_config.embedding_size(self.model.config.hidden_size)
         embeddings = torch.zeros(len(prompts), size)
         for row, prompt in zip(embeddings, prompts, strict=True):
-            hidden = self.hidden_states(prompt + self._special_ids)[len(prompt) :].float()
+            hidden = self.hidden_states(prompt + self._special_ids)[-self.gem_config.k :].float()
             pooled = hidden.mean(0) if self.gem_config.pooling == "mean" else hidden.flatten()
             row.copy_(nn.functional.normalize(pooled, dim=0))
         return embeddings
@@ -155,12 +157,13 @@ class ReferenceEmbedder:
                 f"a text has a special token ({special_token(0)} ...); take it out, special "
                 "tokens are added by the embedder"
             )
-        if len(ids) > self.max_length - self.gem_config.k:
+        appended = len(self.gem_config.appended_ids)
+        if len(ids) > self.max_length - appended:
             raise GemError(
-                f"a text has {len(ids)} tokens, and {self.max_length - self.gem_config.k} fit the "
-                f"context beside {self.gem_config.k} special tokens; shorten it"
+                f"a text has {len(ids)} tokens, and {self.max_length - appended} fit the "
+                f"context beside {appended} special tokens; shorten it"
             )
-        return ids
+        return [*ids, *self.gem_config.instruction_ids]
 
     def _checked(self, token_ids: Sequence[int] | Tensor) -> list[int]:
         ids = list(map(int, token_ids))

@@ -45,7 +45,9 @@ class GemModule(InputModule):
         special_ids = self.gem_config.special_token_ids
         self.model = kind(model, special_ids, self.gem_config.pooling, scale=1.0, symmetric=False)
         self.model.requires_grad_(False).to(dtype)
-        self.max_seq_length = self.model.config.max_position_embeddings - self.gem_config.k
+        self.max_seq_length = self.model.config.max_position_embeddings - len(
+            self.gem_config.appended_ids
+        )
 
     def preprocess(
         self, inputs: Any, prompt: str | None = None, **kwargs: Any
@@ -60,7 +62,7 @@ class GemModule(InputModule):
             raise GemError("a text is empty; give at least one token")
         if any(not set(self.gem_config.special_token_ids).isdisjoint(row) for row in rows):
             raise GemError(f"a text has a special token ({special_token(0)} ...); take it out")
-        token_ids, lengths = pad(rows)
+        token_ids, lengths = pad([[*row, *self.gem_config.instruction_ids] for row in rows])
         mask = torch.arange(token_ids.shape[1]) < lengths[:, None]
         return {"input_ids": token_ids, "attention_mask": mask.long()}
 

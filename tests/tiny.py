@@ -109,6 +109,7 @@ def make_tiny_checkpoint(
     pooling: str = "mean",
     train_mode: str = "adapter",
     seed: int = 0,
+    instruction_ids: tuple[int, ...] = (),
     base: str | Path | None = None,
     **overrides: Any,
 ) -> Path:
@@ -121,6 +122,7 @@ def make_tiny_checkpoint(
         pooling: ``mean`` or ``concat``.
         train_mode: ``adapter``, ``full`` or ``lora``.
         seed: of the base, the rows and the LoRA.
+        instruction_ids: between text and special tokens.
         base: folder of the base; made beside ``folder``, as ``<name>-base``, if it is left out.
         overrides: as in `make_tiny_base`.
 
@@ -134,7 +136,7 @@ def make_tiny_checkpoint(
         )
     model, tokenizer = load_base(base, dtype=torch.float32)
     ids = add_special_tokens(model, tokenizer, k)
-    config = GemConfig(ids, pooling, train_mode, base_model=f"tiny-{family}")
+    config = GemConfig(ids, pooling, train_mode, f"tiny-{family}", instruction_ids=instruction_ids)
     random = torch.Generator().manual_seed(seed + 1)
     embedding = model.get_input_embeddings().weight
     with torch.no_grad():

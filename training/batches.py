@@ -47,15 +47,13 @@ class TrainBatches(IterableDataset):
         self.tokenizer = tokenizer
         self.special_ids = special_ids
         self.start_step = 0
-        self.template = plain_prompt_template(tokenizer)
+        plain = plain_prompt_template(tokenizer)
+        self.template = Template(
+            plain.head, plain.tail, instruction_ids(tokenizer, options.instruction)
+        )
         self.sources = [TextSource(spec, options.text_field) for spec in options.data]
         self.pairs = None if options.pairs is None else PairSource(Path(options.pairs))
-        self.max_content = (
-            options.max_tokens
-            - len(special_ids)
-            - len(self.template.head)
-            - len(self.template.tail)
-        )
+        self.max_content = options.max_tokens - len(special_ids) - self.template.length
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         options = self.options
@@ -171,12 +169,12 @@ class TrainBatches(IterableDataset):
     def _contrastive(self, pairs: list[list[list[int]]]) -> dict[str, torch.Tensor]:
         rows = [pair[side] for side in (0, 1) for pair in pairs]
         rows += [negative for pair in pairs for negative in pair[2:]]
-        ids, lengths = pad([self.template.wrap(row) for row in rows])
+        ids, lengths = pad([self.template.wrap_to_embed(row) for row in rows])
         return {"cl_ids": ids, "cl_lengths": lengths, "cl_pairs": torch.tensor(len(pairs))}
 
     def _seen(self, pairs: list[list[list[int]]], seed: str) -> torch.Tensor:
         """Two masks of each text: a share of its tokens hidden, the first one (a BOS) never."""
-        lengths = [len(self.template.wrap(anchor)) for anchor, _ in pairs]
+        lengths = [len(self.template.wrap_to_embed(anchor)) for anchor, _ in pairs]
         generator = torch.Generator().manual_seed(random.Random(seed).getrandbits(63))
         shape = (2, len(pairs), max(lengths))
         seen = torch.rand(shape, generator=generator) >= self.options.drop_rate
@@ -210,6 +208,11 @@ class TrainBatches(IterableDataset):
         options = self.options
         rate, anchor_rate = options.drop_rate, options.anchor_drop_rate
         return [*dropout_pair(content, rate, rng, anchor_rate=anchor_rate)]
+
+
+def instruction_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
+    """Token ids of an instruction between texts and special tokens."""
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else ()
 
 
 def plain_prompt_template(tokenizer: Any) -> Template:

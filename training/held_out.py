@@ -23,7 +23,7 @@ class HeldOutPairs:
     Args:
         file: a .jsonl file, also .gz, of objects with ``sentence1``, ``sentence2``, ``score``.
         tokenizer: the base's.
-        template: what it puts around a plain prompt.
+        template: what goes around a text.
         max_content: longer texts are cut to so many tokens.
 
     Raises GemError, with the line, for what cannot be read, and where scores do not differ.
@@ -38,7 +38,7 @@ class HeldOutPairs:
             raise GemError(f"--held-out-pairs {file}: needs pairs with scores that differ")
         texts = [pair[side] for side in ("sentence1", "sentence2") for pair in pairs]
         contents = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        self.rows = [template.wrap(content[:max_content]) for content in contents]
+        self.rows = [template.wrap_to_embed(content[:max_content]) for content in contents]
 
     @torch.no_grad()
     def spearman(self, model: GemTrainingModel) -> float:

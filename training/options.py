@@ -42,6 +42,7 @@ class TrainOptions:
     mode: TrainMode = "adapter"
     special_tokens: int = 1
     pooling: str = "mean"
+    instruction: str = ""
     text_field: str = "text"
     pairs: str | None = None
     pairs_share: float = 0.25

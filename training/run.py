@@ -115,6 +115,7 @@ def make_trainer(options: TrainOptions, *, progress: bool = True):
         options.pooling,
         options.mode,
         options.base.resolve().name,
+        instruction_ids=batches.template.instruction,
         extra={"matryoshka_dimensions": list(options.matryoshka)} if options.matryoshka else {},
     )
     size = gem_config.embedding_size(model.config.get_text_config().hidden_size)

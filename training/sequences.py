@@ -13,14 +13,27 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Template:
-    """What the tokenizer puts around a plain prompt (a BOS, say): kept whole by every cut."""
+    """What the tokenizer puts around a plain prompt (a BOS, say), and an instruction behind it.
+
+    Both are kept whole by every cut.
+    """
 
     head: tuple[int, ...]
     tail: tuple[int, ...]
+    instruction: tuple[int, ...] = ()
 
     def wrap(self, content: Sequence[int]) -> list[int]:
         """Token ids of a text as a plain prompt has them."""
         return [*self.head, *content, *self.tail]
+
+    def wrap_to_embed(self, content: Sequence[int]) -> list[int]:
+        """All that is in front of the special tokens when a text is embedded."""
+        return [*self.wrap(content), *self.instruction]
+
+    @property
+    def length(self) -> int:
+        """Tokens beside a text's own."""
+        return len(self.wrap_to_embed(()))
 
 
 def mixed_sequence(
@@ -41,14 +54,14 @@ def mixed_sequence(
     """
     if rng.random() < raw_share:
         return template.wrap(content)[:max_tokens]
-    room = max_tokens - len(special_ids) - len(template.head)
+    room = max_tokens - len(special_ids) - len(template.head) - len(template.instruction)
     if rng.random() < reconstruction_share:
         prefix = suffix = content[: room // 2]
     else:
         content = content[:room]
         cut = rng.randrange(1, len(content))
         prefix, suffix = content[:cut], content[cut:]
-    return [*template.head, *prefix, *special_ids, *suffix]
+    return [*template.head, *prefix, *template.instruction, *special_ids, *suffix]
 
 
 def pad(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:

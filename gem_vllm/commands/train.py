@@ -79,6 +79,13 @@ def train(
     pooling: Annotated[
         Pooling, typer.Option(help="How their hidden states become one embedding.")
     ] = Pooling.mean,
+    instruction: Annotated[
+        str,
+        typer.Option(
+            help="Put between every text and the special tokens, here and whenever it is embedded: "
+            "' This means in one word:'.",
+        ),
+    ] = "",
     text_field: Annotated[
         str, typer.Option(help="The field of a .jsonl file or a dataset that holds the text.")
     ] = "text",
@@ -282,6 +289,7 @@ def train(
         mode=mode.value,
         special_tokens=special_tokens,
         pooling=pooling.value,
+        instruction=instruction,
         text_field=text_field,
         pairs=pairs,
         pairs_share=pairs_share,

@@ -75,10 +75,10 @@ def _refuse_unsupported(vllm_config: VllmConfig, gem_config: GemConfig) -> None:
         raise ValueError(
             "A GEM checkpoint takes text and token ids only. Leave --enable-prompt-embeds unset."
         )
-    if model_config.max_model_len <= gem_config.k + 1:
+    if model_config.max_model_len <= len(gem_config.appended_ids) + 1:
         raise ValueError(
             f"--max-model-len {model_config.max_model_len} leaves no room for text before the "
-            f"{gem_config.k} GEM special tokens."
+            f"{len(gem_config.appended_ids)} GEM special tokens."
         )
     if not (current_platform.is_cpu() or current_platform.is_cuda_alike()):
         raise ValueError("GEM checkpoints are served on vLLM's CPU and CUDA platforms only.")

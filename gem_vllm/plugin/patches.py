@@ -98,7 +98,7 @@ def _patch_embedding_inputs() -> None:
         if gem_config is not None:
             _refuse_empty_text(render_params.get("prompts"))
             tok_params = render_params["tok_params"]
-            limit = self.model_config.max_model_len - gem_config.k
+            limit = self.model_config.max_model_len - len(gem_config.appended_ids)
             if tok_params.max_total_tokens is None or tok_params.max_total_tokens > limit:
                 tok_params = replace(tok_params, max_total_tokens=limit)
                 render_params = {**render_params, "tok_params": tok_params}
@@ -155,11 +155,12 @@ def check_request(request: Any, gem_config: GemConfig, max_model_len: int) -> No
                 f"{position}. The server adds these tokens to embedding requests itself; take "
                 "it, or the text that spells it, out of the prompt."
             )
-    if request.pooling_params is not None and len(prompt) + gem_config.k > max_model_len:
+    appended = len(gem_config.appended_ids)
+    if request.pooling_params is not None and len(prompt) + appended > max_model_len:
         raise VLLMValidationError(
             f"The prompt has {len(prompt)} tokens; an embedding request may have "
-            f"{max_model_len - gem_config.k}, the context of {max_model_len} less "
-            f"{gem_config.k} for the GEM special tokens. Shorten the input or set "
+            f"{max_model_len - appended}, the context of {max_model_len} less "
+            f"{appended} for the GEM special tokens. Shorten the input or set "
             "truncate_prompt_tokens."
         )
     params = request.sampling_params

@@ -29,9 +29,9 @@ class GemScheduler(AsyncScheduler):
         self._step_counts: Counter[str] = Counter()
 
     def add_request(self, request: Request) -> None:
-        """Queue `request`; the k special tokens go behind an embedding request's prompt."""
+        """Queue `request`; behind an embedding request's prompt go the special tokens."""
         if request.pooling_params is not None:
-            append_special_tokens(request, self.gem_config.special_token_ids, self.hash_block_size)
+            append_special_tokens(request, self.gem_config.appended_ids, self.hash_block_size)
         super().add_request(request)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
@@ -57,18 +57,23 @@ class GemScheduler(AsyncScheduler):
 
 
 def append_special_tokens(
-    request: Request, special_token_ids: tuple[int, ...], hash_block_size: int
+    request: Request, appended_ids: tuple[int, ...], hash_block_size: int
 ) -> None:
     """Put the special tokens behind the prompt of a request that is not queued yet.
 
-    The KV blocks that hold special tokens get hashes of their own: a prefix-cache hit ends with
+    The KV blocks that hold what is appended get hashes of their own: a prefix-cache hit ends with
     the text, so that the special tokens' hidden states are always computed.
+
+    Args:
+        request: for an embedding.
+        appended_ids: as `GemConfig.appended_ids`.
+        hash_block_size: tokens of a block that has a hash.
     """
     assert request.prompt_token_ids is not None
     text_len = len(request.prompt_token_ids)
     # A new list: the front end of an in-process engine holds the same object.
-    request.prompt_token_ids = [*request.prompt_token_ids, *special_token_ids]
-    request._all_token_ids.extend(special_token_ids)
+    request.prompt_token_ids = [*request.prompt_token_ids, *appended_ids]
+    request._all_token_ids.extend(appended_ids)
     request.num_prompt_tokens = len(request.prompt_token_ids)
     request.update_block_hashes()
     for i in range(text_len // hash_block_size, len(request.block_hashes)):

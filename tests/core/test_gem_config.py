@@ -37,6 +37,16 @@ def test_round_trip_keeps_unknown_keys():
     assert hash(config) == hash(GemConfig.from_dict(written))
 
 
+def test_an_instruction_needs_a_reader_of_version_2():
+    config = GemConfig.from_dict({**GOOD, "instruction_ids": [7, 8]})
+    assert config.appended_ids == (7, 8, 49152, 49153)
+    assert config.to_dict() == {**GOOD, "version": 2, "instruction_ids": [7, 8]}
+    assert GemConfig.from_dict(config.to_dict()) == config
+    assert config.k == 2
+    with pytest.raises(GemConfigError, match="names a token id 49153"):
+        GemConfig.from_hf_config({"vocab_size": 49153, "gem_config": config.to_dict()})
+
+
 def test_sizes():
     config = GemConfig.from_dict(GOOD)
     assert config.k == 2
@@ -48,7 +58,9 @@ def test_sizes():
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"version": 2}, "version 2 is unknown, this gem-vllm reads version 1"),
+        ({"version": 3}, "version 3 is unknown, this gem-vllm reads version 1, 2"),
+        ({"instruction_ids": "7"}, "instruction_ids is '7'; it must be a list of token ids"),
+        ({"instruction_ids": [7, 49153]}, "instruction_ids names a special token"),
         ({"version": "1"}, "version '1' is unknown"),
         ({"version": True}, "version True is unknown"),
         ({"special_token_ids": []}, "has 0 ids; give 1 to 64"),

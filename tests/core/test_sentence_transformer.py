@@ -35,6 +35,18 @@ def test_the_references_vectors(
     assert model.similarity(found[:1], found[:1]).item() == pytest.approx(1.0, abs=1e-5)
 
 
+def test_an_instruction_goes_behind_every_text(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    checkpoint = tiny_checkpoint("llama", instruction_ids=(70, 71, 72))
+    export(checkpoint, tmp_path / "st")
+    model = SentenceTransformer(str(tmp_path / "st"), trust_remote_code=True, device="cpu")
+    expected = ReferenceEmbedder(checkpoint).embed(TEXTS).numpy()
+    assert (model.encode(TEXTS) * expected).sum(axis=1).min() >= 0.9999
+    without = ReferenceEmbedder(tiny_checkpoint("llama")).embed(TEXTS).numpy()
+    assert (without * expected).sum(axis=1).max() < 0.999
+
+
 def test_saved_by_sentence_transformers_it_loads_again(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -89,6 +89,21 @@ def test_without_adapter(train_mode: str, tiny_checkpoint: Callable[..., Path]) 
         assert cosines(embed(llm, prompts), ReferenceEmbedder(folder).embed(prompts)).min() > 0.9999
 
 
+def test_an_instruction_goes_behind_every_text(tiny_checkpoint: Callable[..., Path]) -> None:
+    """Also where it straddles a KV block, and up to the limit, of which it takes its part."""
+    instruction = tuple(range(70, 77))
+    folder = tiny_checkpoint("llama", k=4, instruction_ids=instruction)
+    longest = LIMIT - 4 - len(instruction)
+    prompts = random_prompts([1, 30, 118, 122, 126, longest])
+    with running_engine(folder, max_model_len=LIMIT) as llm:
+        # Twice: the second time from the prefix cache, which ends with the text.
+        for _ in range(2):
+            found = embed(llm, prompts)
+            assert cosines(found, ReferenceEmbedder(folder).embed(prompts)).min() >= 0.9999
+        with pytest.raises(ValueError, match=f"context length is {longest} tokens"):
+            embed(llm, random_prompts([longest + 1]))
+
+
 def test_concat_dimensions_and_raw_pooling(tiny_checkpoint: Callable[..., Path]) -> None:
     folder = tiny_checkpoint("qwen3", k=4, pooling="concat")
     prompts = random_prompts([7, 90])

@@ -61,6 +61,18 @@ def test_the_lora_is_where_it_was_asked_for(options: TrainOptions) -> None:
         train(dataclasses.replace(options, lora_last_layers=9), overwrite=True, progress=False)
 
 
+def test_an_instruction_is_trained_and_kept(options: TrainOptions) -> None:
+    options = dataclasses.replace(options, steps=1, instruction=" In a word:")
+    train(options, progress=False)
+    config = GemConfig.from_pretrained(options.out)
+    reference = ReferenceEmbedder(options.out)
+    assert reference.tokenizer.decode(config.instruction_ids) == " In a word:"
+    assert torch.isfinite(reference.embed(["bread and water"])).all()
+    extract_adapter(options.out, options.out.with_name("adapter"))
+    apply_adapter(options.base, options.out.with_name("adapter"), options.out.with_name("again"))
+    assert GemConfig.from_pretrained(options.out.with_name("again")) == config
+
+
 def test_matryoshka_sizes_are_in_the_checkpoint(options: TrainOptions) -> None:
     options = dataclasses.replace(options, steps=1, matryoshka=(8, 32))
     train(options, progress=False)

@@ -115,6 +115,18 @@ def test_every_sequence_is_well_formed() -> None:
             assert row == [1, *range(10, 9 + len(row))]
 
 
+def test_an_instruction_is_between_prefix_and_special_tokens() -> None:
+    template = Template((1,), (2,), (7, 8))
+    assert template.wrap([10, 11]) == [1, 10, 11, 2]
+    assert template.wrap_to_embed([10, 11]) == [1, 10, 11, 2, 7, 8]
+    assert template.length == 4
+    shares = {"raw_share": 0.0, "reconstruction_share": 1.0, "rng": random.Random(0)}
+    row = mixed_sequence(list(range(10, 40)), SPECIAL, template, max_tokens=20, **shares)
+    assert row == [1, *range(10, 17), 7, 8, *SPECIAL, *range(10, 17)]
+    shares["raw_share"] = 1.0
+    assert 7 not in mixed_sequence([10, 11], SPECIAL, template, max_tokens=20, **shares)
+
+
 def test_padding_and_loss_mask() -> None:
     token_ids, lengths = pad([[1, 10, 11, *SPECIAL, 12, 13], [1, 20, 21]])
     assert lengths.tolist() == [8, 3]
