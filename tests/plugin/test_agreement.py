@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
 
 from gem_vllm.reference import ReferenceEmbedder
 from tests.plugin.conftest import (
@@ -100,7 +101,7 @@ def test_an_instruction_goes_behind_every_text(tiny_checkpoint: Callable[..., Pa
         for _ in range(2):
             found = embed(llm, prompts)
             assert cosines(found, ReferenceEmbedder(folder).embed(prompts)).min() >= 0.9999
-        with pytest.raises(ValueError, match=f"context length is {longest} tokens"):
+        with pytest.raises(VLLMValidationError, match=f"context length is {longest} tokens"):
             embed(llm, random_prompts([longest + 1]))
 
 
