@@ -1,0 +1,162 @@
+"""Training, against a forward pass, an ordinary LoRA fine-tune, and sentence-transformers.
+
+    python benchmarks/training.py --base DIR [--out benchmarks/results]
+
+Pairs of Wikipedia texts of one length, the same for all; each peer in a process of its own, one
+after the other, `--rounds` times. Writes ``training.json`` and ``training.md``. About ten minutes
+on two cores that have nothing else to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from engine_facts import TEXTS, read_paragraphs
+from training_peers import PEERS
+from transformers import AutoTokenizer
+
+from gem_vllm.folders import write_json
+from gem_vllm.machine import cpu_name, has_cuda
+from gem_vllm.training.model_card import source_commit
+from gem_vllm.training.run import compute_dtype
+
+WARM_UP = 2
+PACKAGES = ("gem-vllm", "torch", "transformers", "peft", "sentence-transformers")
+SCRIPT = Path(__file__).with_name("training_peers.py")
+FORWARD, ADAPTER, ORDINARY = "forward", "gem adapter", "Trainer, LoRA"
+
+
+def main() -> None:
+    """Run all peers and report."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--base", type=Path, required=True, help="folder of the base model")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--special-tokens", type=int, default=1)
+    parser.add_argument("--tokens", type=int, default=128, help="of every text")
+    parser.add_argument("--batch", type=int, default=32, help="pairs of a step")
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+    args = parser.parse_args()
+    rounds: dict[str, list[dict[str, Any]]] = {peer: [] for peer in PEERS}
+    with tempfile.TemporaryDirectory() as work:
+        pairs = write_pairs(args, Path(work) / "pairs.jsonl")
+        for number in range(args.rounds):
+            for peer in PEERS:
+                print(f"round {number + 1}: {peer}", file=sys.stderr, flush=True)
+                rounds[peer].append(run(peer, args, pairs, Path(work)))
+    result = {
+        "tokens": args.tokens,
+        "pairs": args.batch,
+        "special_tokens": args.special_tokens,
+        "dtype": str(compute_dtype(args.dtype)).removeprefix("torch."),
+        "hardware": hardware(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "commit": source_commit(),
+        "versions": ", ".join(f"{package} {version(package)}" for package in PACKAGES),
+        "rounds": rounds,
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_json(args.out / "training.json", result)
+    (args.out / "training.md").write_text(markdown(result), encoding="utf-8")
+    print((args.out / "training.md").read_text())
+
+
+def hardware() -> str:
+    """The GPU, or the processor and how many cores of it."""
+    import torch
+
+    if has_cuda():
+        return torch.cuda.get_device_name()
+    return f"{cpu_name()}, {len(os.sched_getaffinity(0))} cores"
+
+
+def write_pairs(args: argparse.Namespace, file: Path) -> Path:
+    """Pairs of texts that follow each other, each of ``--tokens`` tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(args.base)
+    stream = [i for row in tokenizer(read_paragraphs(TEXTS))["input_ids"] for i in row]
+    pieces = [
+        tokenizer.decode(stream[start : start + args.tokens])
+        for start in range(0, 2 * args.batch * args.tokens, args.tokens)
+    ]
+    pairs = zip(pieces[::2], pieces[1::2], strict=True)
+    lines = [json.dumps({"anchor": anchor, "positive": positive}) for anchor, positive in pairs]
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return file
+
+
+def run(peer: str, args: argparse.Namespace, pairs: Path, work: Path) -> dict[str, Any]:
+    """One peer, once."""
+    setup = {
+        "peer": peer,
+        "base": str(args.base),
+        "pairs": str(pairs),
+        "batch": args.batch,
+        "steps": args.steps + WARM_UP,
+        "special_tokens": args.special_tokens,
+        "dtype": args.dtype,
+    }
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        file = Path(folder) / "setup.json"
+        file.write_text(json.dumps({**setup, "work": folder}))
+        done = subprocess.run(
+            [sys.executable, SCRIPT, file], capture_output=True, text=True, check=False
+        )
+    if done.returncode:
+        sys.exit(f"{peer} failed:\n{done.stderr[-3000:]}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    result["seconds"] = result["seconds"][WARM_UP:]
+    return result
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The table, and the three ratios that there are aims for."""
+    seconds = {
+        peer: statistics.median(s for each in rounds for s in each["seconds"])
+        for peer, rounds in result["rounds"].items()
+    }
+    rates = {peer: rounds[0]["tokens"] / seconds[peer] for peer, rounds in result["rounds"].items()}
+    memory = {
+        peer: statistics.median(each["peak_bytes"] for each in rounds)
+        for peer, rounds in result["rounds"].items()
+    }
+    lines = [
+        "# Training",
+        "",
+        f"{result['pairs']} pairs of texts of {result['tokens']} tokens a step, k = "
+        f"{result['special_tokens']}, {result['dtype']}; medians over steps and",
+        f"{len(result['rounds'][FORWARD])} rounds. Memory: the most that model and training took.",
+        "",
+        "| | seconds a step | tokens/s | memory, MiB |",
+        "|---|---|---|---|",
+    ]
+    for peer in result["rounds"]:
+        name = "forward pass of the base, no gradients" if peer == FORWARD else peer
+        lines.append(
+            f"| {name} | {seconds[peer]:.3f} | {rates[peer]:,.0f} | {memory[peer] / 2**20:,.0f} |"
+        )
+    lines += ["", "| `gem adapter` | measured | aim |", "|---|---|---|"]
+    step, most = seconds[ADAPTER] / seconds[FORWARD], memory[ADAPTER] / memory[FORWARD]
+    lines += [
+        f"| a step, in forward passes | {step:.2f} | 1.3 |",
+        f"| memory, against the forward pass | {most:.2f} | 1.2 |",
+        f"| tokens/s, against {ORDINARY} | {rates[ADAPTER] / rates[ORDINARY]:.2f} | 2 |",
+        "",
+        f"{result['hardware']}; {result['date']}, commit {result['commit']};",
+        f"{result['versions']}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
