@@ -63,13 +63,12 @@ def gem_mask(
     special = _is_special(token_ids, special_ids)
     if attention_mask is not None:
         special &= attention_mask.bool()
-    start, end = (bound.unsqueeze(-1) for bound in _intervals(special, sliding_window))
-    column = torch.arange(token_ids.shape[-1], device=token_ids.device)
-    visible = (column >= start) & (column < end)
+    visible = interval_mask(*_intervals(special, sliding_window))
     if attention_mask is not None:
         real = attention_mask.bool()
-        visible &= real.unsqueeze(-1) & real.unsqueeze(-2)
-    return visible | (column == column.unsqueeze(-1))
+        itself = torch.eye(real.shape[-1], dtype=torch.bool, device=real.device)
+        visible &= (real.unsqueeze(-1) & real.unsqueeze(-2)) | itself
+    return visible
 
 
 def gem_mask_mod(
@@ -82,7 +81,29 @@ def gem_mask_mod(
         special_ids: ids of the special tokens.
         sliding_window: as in `gem_intervals`.
     """
-    start, end = gem_intervals(token_ids, special_ids, sliding_window=sliding_window)
+    return interval_mask_mod(*gem_intervals(token_ids, special_ids, sliding_window=sliding_window))
+
+
+def interval_mask(start: Tensor, end: Tensor) -> Tensor:
+    """The dense mask of intervals.
+
+    Args:
+        start, end: integer [..., T], as of `gem_intervals`.
+
+    Returns:
+        bool [..., T, T], True where the row (query) sees the column (key).
+    """
+    column = torch.arange(start.shape[-1], device=start.device)
+    inside = (column >= start.unsqueeze(-1)) & (column < end.unsqueeze(-1))
+    return inside | (column == column.unsqueeze(-1))
+
+
+def interval_mask_mod(start: Tensor, end: Tensor) -> MaskMod:
+    """FlexAttention's ``mask_mod(b, h, q_idx, kv_idx)`` of intervals.
+
+    Args:
+        start, end: integer [B, T], as of `gem_intervals`.
+    """
 
     def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         inside = (kv_idx >= start[b, q_idx]) & (kv_idx < end[b, q_idx])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -45,11 +45,20 @@ def grouped_attention(
 AttentionInterface.register(NAME, grouped_attention)
 
 
-@contextmanager
-def grouped(model: PreTrainedModel) -> Iterator[None]:
+def grouped(model: PreTrainedModel) -> AbstractContextManager[None]:
     """Let ``model`` compute with `grouped_attention`."""
+    return _implementation(model, NAME)
+
+
+def flex_attention(model: PreTrainedModel) -> AbstractContextManager[None]:
+    """Let ``model`` compute with FlexAttention, and take its block masks."""
+    return _implementation(model, "flex_attention")
+
+
+@contextmanager
+def _implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
     usual = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
+    model.set_attn_implementation(name)
     try:
         yield
     finally:

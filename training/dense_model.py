@@ -5,15 +5,25 @@ Trained weights act at every position, so there is nothing to be shared or left 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from gem_vllm.mask import gem_mask
-from gem_vllm.training.masks import layer_masks
+from gem_vllm.mask import gem_intervals, gem_mask, interval_mask
+from gem_vllm.training.attention import flex_attention
+from gem_vllm.training.masks import block_masks, layer_masks
 from gem_vllm.training.model import GemTrainingModel
+from gem_vllm.training.packing import Packing
 
 
 class DenseModel(GemTrainingModel):
-    """All weights (``full``) or an ordinary LoRA and the special rows (``lora``) are trained."""
+    """All weights (``full``) or an ordinary LoRA and the special rows (``lora``) are trained.
+
+    ``pack_into``: short rows are packed into rows of so many tokens; None: each is padded to the
+    longest. On CUDA packed rows attend by FlexAttention, elsewhere by SDPA under a dense mask.
+    """
+
+    pack_into: int | None = None
 
     def special_states(
         self, token_ids: torch.Tensor, lengths: torch.Tensor, seen: torch.Tensor | None = None
@@ -42,7 +52,8 @@ class DenseModel(GemTrainingModel):
 
         seen: bool [N, T], what special tokens see of them at most; None for all.
         """
-        base = self.base
+        if self.pack_into is not None and seen is None:
+            return self._packed_hidden(token_ids, lengths, self.pack_into)
         position = torch.arange(token_ids.shape[1], device=token_ids.device)
         real = position < lengths[:, None]
 
@@ -54,11 +65,43 @@ class DenseModel(GemTrainingModel):
             itself = position == position[:, None]
             return mask & (~special[:, :, None] | seen[:, None] | itself)
 
-        masks = layer_masks(self.config, base.dtype, visible)
-        output = base.get_decoder()(
-            input_ids=token_ids,
-            attention_mask=masks,
-            position_ids=position.expand_as(token_ids),
-            use_cache=False,
-        )
-        return output.last_hidden_state
+        masks = layer_masks(self.config, self.base.dtype, visible)
+        return self._decode(token_ids, position.expand_as(token_ids), masks)
+
+    def _packed_hidden(
+        self, token_ids: torch.Tensor, lengths: torch.Tensor, width: int
+    ) -> torch.Tensor:
+        """The same of rows that are packed into rows of ``width`` tokens, or of the longest one."""
+        packing = Packing.of(lengths, max(width, int(lengths.max())))
+        position = torch.arange(token_ids.shape[1], device=token_ids.device).expand_as(token_ids)
+
+        def intervals(window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+            # Each row's own, moved to where the row lies; an empty cell sees itself alone.
+            bounds = gem_intervals(token_ids, self.special_ids, sliding_window=window)
+            start, end = (packing.pack(bound + packing.offset[:, None]) for bound in bounds)
+            return start, end
+
+        packed, positions = packing.pack(token_ids), packing.pack(position)
+        if self._flex(packed):
+            masks = block_masks(self.config, packed, intervals)
+            with flex_attention(self.base):
+                hidden = self._decode(packed, positions, masks)
+        else:
+            masks = layer_masks(
+                self.config, self.base.dtype, lambda window: interval_mask(*intervals(window))
+            )
+            hidden = self._decode(packed, positions, masks)
+        return packing.unpack(hidden, token_ids.shape[1])
+
+    def _flex(self, packed: torch.Tensor) -> bool:
+        return packed.is_cuda and self.base.config._attn_implementation != "eager"
+
+    def _decode(self, token_ids: torch.Tensor, positions: torch.Tensor, masks: Any) -> torch.Tensor:
+        return (
+            self.base.get_decoder()(
+                input_ids=token_ids,
+                attention_mask=masks,
+                position_ids=positions,
+                use_cache=False,
+            )
+        ).last_hidden_state

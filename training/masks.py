@@ -6,6 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
+
+from gem_vllm.mask import interval_mask_mod
 
 Mask = torch.Tensor | dict[str, torch.Tensor]
 
@@ -25,11 +28,36 @@ def layer_masks(
         hidden = torch.finfo(dtype).min
         return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, hidden)
 
+    return _by_layer(config, additive)
+
+
+def block_masks(
+    config: Any,
+    token_ids: torch.Tensor,
+    intervals: Callable[[int | None], tuple[torch.Tensor, torch.Tensor]],
+) -> Any:
+    """FlexAttention's masks, as `layer_masks` gives dense ones.
+
+    token_ids: [B, L]; ``intervals(window)`` gives start and end, int64 [B, L], as
+    `gem_vllm.mask.gem_intervals`.
+    """
+    rows, length = token_ids.shape
+
+    def block_mask(window: int | None) -> Any:
+        mask_mod = interval_mask_mod(*intervals(window))
+        device = token_ids.device
+        return create_block_mask(mask_mod, rows, None, length, length, device=device)
+
+    return _by_layer(config, block_mask)
+
+
+def _by_layer(config: Any, make: Callable[[int | None], Any]) -> Any:
+    """``make(window)``; a dict of them by layer type for bases that name their layers' types."""
     window = getattr(config, "sliding_window", None)
     layer_types = set(getattr(config, "layer_types", None) or ())
     if not layer_types:
-        return additive(window)
-    return {kind: additive(window if kind == "sliding_attention" else None) for kind in layer_types}
+        return make(window)
+    return {kind: make(window if kind == "sliding_attention" else None) for kind in layer_types}
 
 
 def special_mask(

@@ -107,7 +107,7 @@ def command_line(options: TrainOptions) -> str:
         if field.name == "mode" or value != getattr(defaults, field.name):
             values = value if isinstance(value, tuple) else (value,)
             for each in values:
-                words += [flag(field.name)] if each is True else [flag(field.name), str(each)]
+                words += option_words(field.name, each)
     lines, line = [], "gem-vllm train"
     for word in words:
         if word.startswith("--") and len(line) > 70:
@@ -115,6 +115,13 @@ def command_line(options: TrainOptions) -> str:
             line = "   "
         line += " " + shlex.quote(word)
     return " \\\n".join([*lines, line])
+
+
+def option_words(name: str, value: Any) -> list[str]:
+    """An option on the command line."""
+    if isinstance(value, bool):
+        return [flag(name) if value else flag(f"no_{name}")]
+    return [flag(name), str(value)]
 
 
 def source_commit() -> str | None:

@@ -67,6 +67,7 @@ class TrainOptions:
     symmetric: bool = False
     matryoshka: tuple[int, ...] = ()
     rows_per_pass: int | None = None
+    packing: bool = True
     contrastive_learning_rate: float | None = None
     # How the two are weighed.
     alpha_schedule: AlphaSchedule | None = None

@@ -139,7 +139,7 @@ def build_model(
             modules=options.lora_modules,
             last_layers=options.lora_last_layers,
         )
-    return kind(
+    training_model = kind(
         lm,
         special_ids,
         options.pooling,
@@ -148,6 +148,9 @@ def build_model(
         rows_per_pass=options.rows_per_pass,
         matryoshka=options.matryoshka,
     )
+    if isinstance(training_model, DenseModel) and options.packing:
+        training_model.pack_into = options.max_tokens
+    return training_model
 
 
 def training_arguments(options: TrainOptions, *, bf16: bool) -> TrainingArguments:

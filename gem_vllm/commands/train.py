@@ -181,6 +181,14 @@ def train(
             rich_help_panel=_CONTRASTIVE,
         ),
     ] = None,
+    packing: Annotated[
+        bool,
+        typer.Option(
+            help="Of full and lora: pack short texts into sequences of --max-tokens, so that no "
+            "time goes into padding. (The adapter's texts go through the base by like lengths.)",
+            rich_help_panel=_CONTRASTIVE,
+        ),
+    ] = True,
     contrastive_learning_rate: Annotated[
         float | None,
         typer.Option(
@@ -312,6 +320,7 @@ def train(
         symmetric=symmetric,
         matryoshka=tuple(matryoshka or ()),
         rows_per_pass=rows_per_pass,
+        packing=packing,
         contrastive_learning_rate=contrastive_learning_rate,
         alpha_schedule=None if alpha_schedule is None else alpha_schedule.value,
         alpha=alpha,

@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gem_vllm.training.options import TrainOptions, flag
+from gem_vllm.training.model_card import option_words
+from gem_vllm.training.options import TrainOptions
 from gem_vllm.training.run import train
 from tests.training.conftest import losses, train_until
 
@@ -28,13 +29,9 @@ def launch(options: TrainOptions, *extra: str) -> subprocess.CompletedProcess[st
     )
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
-        if value is True:
-            words.append(flag(field.name))
-        elif field.name in ("base", "data", "out", "mode") or value != getattr(
-            defaults, field.name
-        ):
+        if field.name in ("base", "data", "out", "mode") or value != getattr(defaults, field.name):
             for each in value if isinstance(value, tuple) else (value,):
-                words += [flag(field.name), str(each)]
+                words += option_words(field.name, each)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}"]
     command = [sys.executable, *launcher, "-m", "gem_vllm.cli", "train", *words]
     return subprocess.run(command, capture_output=True, text=True, timeout=500)

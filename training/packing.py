@@ -1,0 +1,60 @@
+"""Short rows packed into fewer long ones, so that no time goes into padding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where each of N rows lies among B rows of L cells, several to a row, none over a border.
+
+    Attributes:
+        row: int64 [N], which of the B.
+        offset: int64 [N], its first cell there.
+        lengths: int64 [N].
+        shape: (B, L).
+    """
+
+    row: torch.Tensor
+    offset: torch.Tensor
+    lengths: torch.Tensor
+    shape: tuple[int, int]
+
+    @classmethod
+    def of(cls, lengths: torch.Tensor, width: int) -> Packing:
+        """Longest first, each into the first row that has room (first-fit decreasing).
+
+        lengths: int64 [N]; width: cells of a row, as many as the longest at least.
+        """
+        used: list[int] = []
+        row, offset = torch.zeros_like(lengths), torch.zeros_like(lengths)
+        for index in lengths.argsort(descending=True, stable=True).tolist():
+            length = int(lengths[index])
+            place = next((i for i, cells in enumerate(used) if cells + length <= width), len(used))
+            if place == len(used):
+                used.append(0)
+            row[index], offset[index] = place, used[place]
+            used[place] += length
+        return cls(row, offset, lengths, (len(used), max(used)))
+
+    def pack(self, values: torch.Tensor) -> torch.Tensor:
+        """[N, T] to [B, L]; cells that hold nothing are 0."""
+        packed = values.new_zeros(self.shape)
+        real, cells = self._cells(values.shape[1])
+        packed.view(-1)[cells[real]] = values[real]
+        return packed
+
+    def unpack(self, packed: torch.Tensor, width: int) -> torch.Tensor:
+        """[B, L, ...] to [N, width, ...], with gradients; 0 behind each row."""
+        real, cells = self._cells(width)
+        rows = packed.new_zeros(*real.shape, *packed.shape[2:])
+        return rows.index_put((real,), packed.flatten(0, 1)[cells[real]])
+
+    def _cells(self, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Bool [N, width], what is not padding, and int64 [N, width], where it lies in [B * L]."""
+        position = torch.arange(width, device=self.lengths.device)
+        start = self.row * self.shape[1] + self.offset
+        return position < self.lengths[:, None], start[:, None] + position
