@@ -45,6 +45,7 @@ GROUPS: dict[str, list[Row]] = {
     "Positives": [
         Row("spans", "spans alone", {"positives": "spans"}),
         Row("dropout-50", "dropout 50 % alone", {"positives": "dropout"}),
+        Row("dropout-80", "dropout 80 % alone", {"positives": "dropout", "drop_rate": 0.8}),
         Row("drop-30", "half spans, half dropout 30 %", {"drop_rate": 0.3}),
         Row("drop-70", "half spans, half dropout 70 %", {"drop_rate": 0.7}),
         Row("both-dropped", "half spans, half 30 % dropped on both sides",
