@@ -6,14 +6,12 @@ Shapes: N rows of a batch, d the embedding's size, P predicting positions, V the
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 
 from gem_vllm.training import peers
-
-AlphaSchedule = Literal["step", "linear", "constant"]
+from gem_vllm.training.choices import AlphaSchedule
 
 MAX_SCALE = 100.0
 MAX_LOG_TEMPERATURE = math.log(MAX_SCALE)

@@ -5,24 +5,14 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from gem_vllm.config import MAX_SPECIAL_TOKENS
 from gem_vllm.errors import GemError
-from gem_vllm.training.losses import MAX_SCALE, AlphaSchedule
-from gem_vllm.training.positives import MIN_SPAN_TOKENS, Positives
+from gem_vllm.training.choices import CHOICES, AlphaSchedule, LoraModules, Mode, Positives
+from gem_vllm.training.losses import MAX_SCALE
+from gem_vllm.training.positives import MIN_SPAN_TOKENS
 
-TrainMode = Literal["adapter", "full", "lora"]
-LoraModules = Literal["all", "attention", "mlp"]
-
-CHOICES = {
-    "mode": ("adapter", "full", "lora"),
-    "pooling": ("mean", "concat"),
-    "positives": ("dropout", "masks", "spans", "cloze", "mix"),
-    "alpha_schedule": ("step", "linear", "constant"),
-    "lora_modules": ("all", "attention", "mlp"),
-    "dtype": ("auto", "float32", "bfloat16"),
-}
 # What may differ between a run and its --resume without changing a loss.
 FREE_ON_RESUME = frozenset({"out", "save_every", "patience", "keep_checkpoints", "log_every"})
 
@@ -39,7 +29,7 @@ class TrainOptions:
     base: Path
     data: tuple[str, ...]
     out: Path
-    mode: TrainMode = "adapter"
+    mode: Mode = "adapter"
     special_tokens: int = 1
     pooling: str = "mean"
     instruction: str = ""

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import random
-from typing import Literal
-
-Positives = Literal["dropout", "masks", "spans", "cloze", "mix"]
 
 MIN_SPAN_TOKENS = 8
 MAX_SPAN_TOKENS = 64

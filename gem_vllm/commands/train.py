@@ -2,49 +2,19 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-
-class Mode(StrEnum):
-    adapter = "adapter"
-    full = "full"
-    lora = "lora"
-
-
-class Pooling(StrEnum):
-    mean = "mean"
-    concat = "concat"
-
-
-class Positives(StrEnum):
-    dropout = "dropout"
-    masks = "masks"
-    spans = "spans"
-    cloze = "cloze"
-    mix = "mix"
-
-
-class LoraModules(StrEnum):
-    all = "all"
-    attention = "attention"
-    mlp = "mlp"
-
-
-class AlphaSchedule(StrEnum):
-    step = "step"
-    linear = "linear"
-    constant = "constant"
-
-
-class Dtype(StrEnum):
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
+from gem_vllm.training.choices import (
+    AlphaSchedule,
+    Dtype,
+    LoraModules,
+    Mode,
+    Pooling,
+    Positives,
+)
 
 _NTP = "Next-token prediction"
 _CONTRASTIVE = "Contrastive learning"
@@ -72,13 +42,13 @@ def train(
             help="What is trained: an adapter that acts on the special tokens only (the base stays "
             "as it is), all weights (full), or a LoRA that is merged into the weights (lora).",
         ),
-    ] = Mode.adapter,
+    ] = "adapter",
     special_tokens: Annotated[
         int, typer.Option(help="How many special tokens make an embedding (k), 1 to 64.")
     ] = 1,
     pooling: Annotated[
         Pooling, typer.Option(help="How their hidden states become one embedding.")
-    ] = Pooling.mean,
+    ] = "mean",
     instruction: Annotated[
         str,
         typer.Option(
@@ -122,7 +92,7 @@ def train(
     ] = 512,
     dtype: Annotated[
         Dtype, typer.Option(help="What to compute in; auto: bfloat16 where there are units for it.")
-    ] = Dtype.auto,
+    ] = "auto",
     seed: Annotated[int, typer.Option(help="The same seed gives the same losses.")] = 0,
     positives: Annotated[
         Positives,
@@ -132,7 +102,7 @@ def train(
             "batches of each (mix: spans and cloze of the first --data, dropout of the last).",
             rich_help_panel=_CONTRASTIVE,
         ),
-    ] = Positives.dropout,
+    ] = "dropout",
     drop_rate: Annotated[
         float,
         typer.Option(
@@ -253,7 +223,7 @@ def train(
     lora_modules: Annotated[
         LoraModules,
         typer.Option(help="Which linear layers have it.", rich_help_panel=_OPTIMIZER),
-    ] = LoraModules.all,
+    ] = "all",
     lora_last_layers: Annotated[
         int | None,
         typer.Option(
@@ -294,9 +264,9 @@ def train(
         base=base,
         data=tuple(data),
         out=out,
-        mode=mode.value,
+        mode=mode,
         special_tokens=special_tokens,
-        pooling=pooling.value,
+        pooling=pooling,
         instruction=instruction,
         text_field=text_field,
         pairs=pairs,
@@ -307,11 +277,11 @@ def train(
         batch_size=batch_size,
         max_tokens=max_tokens,
         seed=seed,
-        dtype=dtype.value,
+        dtype=dtype,
         raw_share=raw_share,
         reconstruction_share=reconstruction_share,
         ntp_learning_rate=ntp_learning_rate,
-        positives=positives.value,
+        positives=positives,
         drop_rate=drop_rate,
         anchor_drop_rate=anchor_drop_rate,
         span_share=span_share,
@@ -322,7 +292,7 @@ def train(
         rows_per_pass=rows_per_pass,
         packing=packing,
         contrastive_learning_rate=contrastive_learning_rate,
-        alpha_schedule=None if alpha_schedule is None else alpha_schedule.value,
+        alpha_schedule=alpha_schedule,
         alpha=alpha,
         alpha_steps=alpha_steps,
         warmup_share=warmup_share,
@@ -330,7 +300,7 @@ def train(
         max_grad_norm=max_grad_norm,
         lora_rank=lora_rank,
         lora_alpha=lora_alpha,
-        lora_modules=lora_modules.value,
+        lora_modules=lora_modules,
         lora_last_layers=lora_last_layers,
         save_every=save_every,
         keep_checkpoints=keep_checkpoints,
