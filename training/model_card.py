@@ -118,7 +118,7 @@ def command_line(options: TrainOptions) -> str:
 
 
 def option_words(name: str, value: Any) -> list[str]:
-    """An option on the command line."""
+    """An option on the command line, where it is not the default."""
     if isinstance(value, bool):
         return [flag(name) if value else flag(f"no_{name}")]
     return [flag(name), str(value)]

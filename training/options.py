@@ -14,7 +14,9 @@ from gem_vllm.training.losses import MAX_SCALE
 from gem_vllm.training.positives import MIN_SPAN_TOKENS
 
 # What may differ between a run and its --resume without changing a loss.
-FREE_ON_RESUME = frozenset({"out", "save_every", "patience", "keep_checkpoints", "log_every"})
+FREE_ON_RESUME = frozenset(
+    {"out", "save_every", "patience", "keep_checkpoints", "log_every", "shard"}
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,7 @@ class TrainOptions:
     matryoshka: tuple[int, ...] = ()
     rows_per_pass: int | None = None
     packing: bool = True
+    shard: bool = False
     contrastive_learning_rate: float | None = None
     # How the two are weighed.
     alpha_schedule: AlphaSchedule | None = None

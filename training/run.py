@@ -26,6 +26,7 @@ from gem_vllm.training.held_out import HeldOutPairs
 from gem_vllm.training.model import GemTrainingModel
 from gem_vllm.training.model_card import source_commit, write_model_card
 from gem_vllm.training.options import TrainOptions, flag
+from gem_vllm.training.sharding import shard_base
 from gem_vllm.training.trainer import SPEARMAN, GemTrainer, whole_checkpoints
 from gem_vllm.weights import EMBEDDING, read_tensor, weights_size
 
@@ -48,7 +49,7 @@ def train(
     Raises GemError for bad input, before any long work, and for a disk that is full. A
     KeyboardInterrupt passes through; the last checkpoint is whole in either case.
     """
-    state = _join_processes()
+    state = join_processes()
     commit = source_commit()
     if state.is_main_process:
         _check_folders(options, resume=resume, overwrite=overwrite)
@@ -102,8 +103,11 @@ def make_trainer(options: TrainOptions, *, progress: bool = True):
             Path(options.held_out_pairs), plain_tokenizer, batches.template, batches.max_content
         )
     arguments = training_arguments(options, bf16=dtype == torch.bfloat16)
+    training_model = build_model(model, special_ids, options)
+    if options.shard:
+        shard_base(training_model, options)
     trainer = GemTrainer(
-        build_model(model, special_ids, options),
+        training_model,
         batches,
         options,
         arguments,
@@ -249,10 +253,10 @@ def _is_empty(path: Path) -> bool:
     return path.is_dir() and not any(path.iterdir())
 
 
-def _join_processes() -> PartialState:
+def join_processes() -> PartialState:
     """Meet the other processes, where a launcher (torchrun, accelerate) has started several."""
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        raise GemError("training does not run under FSDP yet; launch it with --multi-gpu (DDP)")
+        raise GemError("training shards by itself: launch it without FSDP, and give --shard")
     return PartialState(cpu=not torch.cuda.is_available())
 
 

@@ -111,8 +111,8 @@ class GemTrainer(Trainer):
         assert self.held_out is not None
         started = time.perf_counter()
         # One process's figure for all: whether to stop must not differ by a rounding.
-        mine = self.held_out.spearman(self.model) if peers.rank() == 0 else 0.0
-        metrics = {SPEARMAN: float(peers.total(torch.tensor(mine, device=self.args.device)))}
+        mine = torch.tensor(self.held_out.spearman(self.model), device=self.args.device)
+        metrics = {SPEARMAN: float(peers.total(mine if peers.rank() == 0 else 0.0 * mine))}
         self._window_start += time.perf_counter() - started
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(

@@ -159,6 +159,14 @@ def train(
             rich_help_panel=_CONTRASTIVE,
         ),
     ] = True,
+    shard: Annotated[
+        bool,
+        typer.Option(
+            "--shard",
+            help="Of several processes: spread the frozen base over them (FSDP2).",
+            rich_help_panel=_OPTIMIZER,
+        ),
+    ] = False,
     contrastive_learning_rate: Annotated[
         float | None,
         typer.Option(
@@ -291,6 +299,7 @@ def train(
         matryoshka=tuple(matryoshka or ()),
         rows_per_pass=rows_per_pass,
         packing=packing,
+        shard=shard,
         contrastive_learning_rate=contrastive_learning_rate,
         alpha_schedule=alpha_schedule,
         alpha=alpha,

@@ -21,8 +21,12 @@ from tests.training.conftest import losses, train_until
 PROCESSES = 2
 
 
+ROOT = Path(__file__).resolve().parents[2]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}"]
+
+
 def launch(options: TrainOptions, *extra: str) -> subprocess.CompletedProcess[str]:
-    """The command line under torchrun, on the CPU."""
+    """The command line in several processes, on the CPU."""
     words = list(extra)
     defaults = TrainOptions(
         base=options.base, data=options.data, out=options.out, mode=options.mode
@@ -32,9 +36,13 @@ def launch(options: TrainOptions, *extra: str) -> subprocess.CompletedProcess[st
         if field.name in ("base", "data", "out", "mode") or value != getattr(defaults, field.name):
             for each in value if isinstance(value, tuple) else (value,):
                 words += option_words(field.name, each)
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}"]
-    command = [sys.executable, *launcher, "-m", "gem_vllm.cli", "train", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=500)
+    return run(*TORCHRUN, "-m", "gem_vllm.cli", "train", *words)
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, timeout=500, cwd=ROOT
+    )
 
 
 def weights(options: TrainOptions) -> dict[str, torch.Tensor]:
@@ -82,6 +90,50 @@ def test_two_processes_train_as_one(
     for name, value in weights(options).items():
         torch.testing.assert_close(weights(together)[name], value, atol=2e-3, rtol=1e-2)
     assert (together.out / "README.md").is_file()
+
+
+def test_a_sharded_base_gives_the_same(options: TrainOptions, tmp_path: Path) -> None:
+    scored = tmp_path / "scored.jsonl"
+    scored.write_text(
+        "".join(
+            json.dumps({"sentence1": f"bread {n}", "sentence2": f"river {n * n}", "score": n})
+            + "\n"
+            for n in range(9)
+        )
+    )
+    options = dataclasses.replace(
+        options, contrastive_learning_rate=1e-3, held_out_pairs=str(scored), save_every=3
+    )
+    train(options, progress=False)
+    together = dataclasses.replace(options, out=tmp_path / "together", shard=True)
+    done = launch(together)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name, values in losses(options).items():
+        assert losses(together)[name] == pytest.approx(values, abs=1e-3)
+    for name, value in weights(options).items():
+        torch.testing.assert_close(weights(together)[name], value, atol=2e-3, rtol=1e-2)
+
+
+def test_each_process_holds_its_part_of_a_sharded_base(options: TrainOptions) -> None:
+    arguments = (str(options.base), *options.data, str(options.out))
+    done = run(*TORCHRUN, "-m", "tests.training.held_by_each", *arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout) == pytest.approx(1 / PROCESSES, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mode": "full"}, "--shard is for --mode adapter"),
+        ({"raw_share": 0.5}, "--shard does not go with --pairs, nor with --raw-share"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(
+    options: TrainOptions, changes: dict[str, Any], message: str
+) -> None:
+    done = launch(dataclasses.replace(options, shard=True, **changes))
+    assert done.returncode != 0
+    assert message in done.stderr
 
 
 def test_an_interrupted_run_goes_on_in_both(options: TrainOptions, tmp_path: Path) -> None:

@@ -1,0 +1,33 @@
+"""Run by `test_processes.py` in several processes: which share of the base's layers each holds."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from torch.distributed.tensor import DTensor
+
+from gem_vllm.training import peers
+from gem_vllm.training.options import TrainOptions
+from gem_vllm.training.run import join_processes, make_trainer
+
+
+def main() -> None:
+    """Print the share, a JSON line, in the first process."""
+    base, data, out = sys.argv[1:]
+    join_processes()
+    options = TrainOptions(base=Path(base), data=(data,), out=Path(out), batch_size=8, shard=True)
+    trainer, _, _ = make_trainer(options, progress=False)
+    layers = trainer.model.base.get_decoder().layers
+    frozen = [weight for weight in layers.parameters() if not weight.requires_grad]
+    here = sum(
+        (weight.to_local() if isinstance(weight, DTensor) else weight).numel() for weight in frozen
+    )
+    share = here / sum(weight.numel() for weight in frozen)
+    if peers.rank() == 0:
+        print(json.dumps(share))
+
+
+if __name__ == "__main__":
+    main()
