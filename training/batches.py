@@ -173,12 +173,17 @@ class TrainBatches(IterableDataset):
         return {"cl_ids": ids, "cl_lengths": lengths, "cl_pairs": torch.tensor(len(pairs))}
 
     def _seen(self, pairs: list[list[list[int]]], seed: str) -> torch.Tensor:
-        """Two masks of each text: a share of its tokens hidden, the first one (a BOS) never."""
+        """Two masks of each text: a share of its tokens hidden, the first one (a BOS) never.
+
+        Nor is an instruction.
+        """
         lengths = [len(self.template.wrap_to_embed(anchor)) for anchor, _ in pairs]
         generator = torch.Generator().manual_seed(random.Random(seed).getrandbits(63))
         shape = (2, len(pairs), max(lengths))
         seen = torch.rand(shape, generator=generator) >= self.options.drop_rate
         seen[:, :, 0] = True
+        for row, length in enumerate(lengths):
+            seen[:, row, length - len(self.template.instruction) :] = True
         return seen[:, self._own, : max(lengths[self._own])].flatten(0, 1)
 
     def _next_token(self, contents: list[list[int]], rng: random.Random) -> dict[str, torch.Tensor]:

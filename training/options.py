@@ -9,7 +9,15 @@ from typing import Any
 
 from gem_vllm.config import MAX_SPECIAL_TOKENS
 from gem_vllm.errors import GemError
-from gem_vllm.training.choices import CHOICES, AlphaSchedule, LoraModules, Mode, Positives
+from gem_vllm.training.choices import (
+    CHOICES,
+    AlphaSchedule,
+    Dtype,
+    LoraModules,
+    Mode,
+    Pooling,
+    Positives,
+)
 from gem_vllm.training.losses import MAX_SCALE
 from gem_vllm.training.positives import MIN_SPAN_TOKENS
 
@@ -33,7 +41,7 @@ class TrainOptions:
     out: Path
     mode: Mode = "adapter"
     special_tokens: int = 1
-    pooling: str = "mean"
+    pooling: Pooling = "mean"
     instruction: str = ""
     text_field: str = "text"
     pairs: str | None = None
@@ -44,7 +52,7 @@ class TrainOptions:
     batch_size: int = 32
     max_tokens: int = 512
     seed: int = 0
-    dtype: str = "auto"
+    dtype: Dtype = "auto"
     # Mixed next-token prediction.
     raw_share: float | None = None
     reconstruction_share: float = 0.5
