@@ -183,7 +183,7 @@ class TrainBatches(IterableDataset):
         seen = torch.rand(shape, generator=generator) >= self.options.drop_rate
         seen[:, :, 0] = True
         for row, length in enumerate(lengths):
-            seen[:, row, length - len(self.template.instruction) :] = True
+            seen[:, row, length - len(self.template.instruction) : length] = True
         return seen[:, self._own, : max(lengths[self._own])].flatten(0, 1)
 
     def _next_token(self, contents: list[list[int]], rng: random.Random) -> dict[str, torch.Tensor]:

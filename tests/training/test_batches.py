@@ -109,6 +109,9 @@ def test_two_masks_of_each_text(make: Make) -> None:
         assert not torch.equal(first, second)
         assert batch["cl_seen"][:, 0].all()
         assert 0.3 < batch["cl_seen"][:, 1:].float().mean() < 0.7
+    (asked, *_) = make(positives="masks", drop_rate=0.9, instruction=" in a word:")
+    rows = zip(asked["cl_seen"], asked["cl_lengths"], strict=True)
+    assert all(seen[length - 3 : length].all() for seen, length in rows), "of the instruction"
     later = make(positives="masks", drop_rate=0.5)
     later.start_step = 11
     assert same(batch, next(iter(later)))
