@@ -1,0 +1,55 @@
+"""The ablations' rows are runs that can be made, and their table is whole."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+from ablation_rows import GROUPS, RECIPE, Row
+from ablations import lead, markdown
+from development import TASKS
+
+from gem_vllm.training.options import TrainOptions
+
+ROWS = [row for rows in GROUPS.values() for row in rows]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_every_row_is_a_run(row: Row, tmp_path: Path) -> None:
+    options = {**RECIPE, **row.changes}
+    TrainOptions(base=tmp_path, data=("a.txt", "b.txt"), out=tmp_path / row.name, **options)
+    assert [each.name for each in ROWS].count(row.name) == 1
+
+
+def test_the_table_has_what_is_done() -> None:
+    results = {
+        row.name: {
+            "command": f"train {row.name}",
+            "seconds": 100,
+            "scores": dict.fromkeys(TASKS, 0.5),
+            "dimensions": {str(size): dict.fromkeys(TASKS, 0.25) for size in row.dimensions},
+            "date": "today",
+            "hardware": "a CPU",
+            "dtype": "float32",
+            "commit": "abc",
+        }
+        for row in ROWS[:3]
+    }
+    table = markdown(results)
+    for row in ROWS[:3]:
+        assert f"| {row.title} | 0.5000 " in table
+        assert f"train {row.name}" in table
+    assert "| the first 64 numbers of these | 0.2500 " in table
+    assert table.count("a CPU, float32, today, commit abc") == 1
+    assert "## Positives" not in table
+
+
+def test_a_paragraphs_first_sentence_and_the_rest(tmp_path: Path) -> None:
+    source, out = tmp_path / "paragraphs.txt", tmp_path / "lead.jsonl.gz"
+    rest = "It rose again on the next day. " * 3
+    source.write_text(f"The river fell by 1.5 m. {rest}\nOne sentence alone, long as it may be.\n")
+    lead(source, out)
+    (row,) = map(json.loads, gzip.decompress(out.read_bytes()).splitlines())
+    assert row == {"anchor": "The river fell by 1.5 m.", "positive": rest.strip()}
