@@ -17,7 +17,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -82,14 +81,11 @@ def run(row: Row, args: argparse.Namespace, prefixes: dict[bool, Prefixes]) -> d
         save_every=changes["steps"],
         **changes,
     )
-    started = time.perf_counter()
     train(options, overwrite=True)
-    seconds = time.perf_counter() - started
     dtype = compute_dtype("auto")
     embedder = CheckpointEmbedder(options.out, prefixes[options.mode == "adapter"], dtype=dtype)
     result = {
         "command": command_line(options),
-        "seconds": round(seconds),
         "scores": development_scores(embedder, args.tasks),
         "dimensions": {},
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
@@ -148,7 +144,7 @@ def markdown(results: dict[str, Any]) -> str:
         "256 tokens, the metrics of mteb; computed with transformers, not with the engine.",
         "",
     ]
-    titles = ["", *(name.removesuffix("_Reranking") for name in TASKS), "mean", "seconds"]
+    titles = ["", *(name.removesuffix("_Reranking") for name in TASKS), "mean"]
     for group, rows in GROUPS.items():
         done = [row for row in rows if row.name in results]
         if not done:
@@ -156,9 +152,9 @@ def markdown(results: dict[str, Any]) -> str:
         lines += [f"## {group}", "", cells(titles), cells(["---"] * len(titles))]
         for row in done:
             result = results[row.name]
-            lines.append(cells([row.title, *figures(result["scores"]), str(result["seconds"])]))
+            lines.append(cells([row.title, *figures(result["scores"])]))
             for size, scores in result["dimensions"].items():
-                lines.append(cells([f"the first {size} numbers of these", *figures(scores), ""]))
+                lines.append(cells([f"the first {size} numbers of these", *figures(scores)]))
         lines.append("")
     lines += ["## Commands", "", "Files by name; of the rows above, in order.", "", "```"]
     order = [row for rows in GROUPS.values() for row in rows if row.name in results]
