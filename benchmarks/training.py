@@ -135,7 +135,7 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         f"{result['pairs']} pairs of texts of {result['tokens']} tokens a step, k = "
         f"{result['special_tokens']}, {result['dtype']}; medians over steps and",
-        f"{len(result['rounds'][FORWARD])} rounds. Memory: the most that model and training took.",
+        f"{len(result["rounds"][FORWARD])} round(s). Memory: the most that model and training took.",
         "",
         "| | seconds a step | tokens/s | memory, MiB |",
         "|---|---|---|---|",
