@@ -130,12 +130,13 @@ def markdown(result: dict[str, Any]) -> str:
         peer: statistics.median(each["peak_bytes"] for each in rounds)
         for peer, rounds in result["rounds"].items()
     }
+    rounds = len(result["rounds"][FORWARD])
     lines = [
         "# Training",
         "",
         f"{result['pairs']} pairs of texts of {result['tokens']} tokens a step, k = "
         f"{result['special_tokens']}, {result['dtype']}; medians over steps and",
-        f"{len(result["rounds"][FORWARD])} round(s). Memory: the most that model and training took.",
+        f"rounds ({rounds}). Memory: the most that model and training took.",
         "",
         "| | seconds a step | tokens/s | memory, MiB |",
         "|---|---|---|---|",
