@@ -10,43 +10,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gem_vllm.checkpoint import add_special_tokens, load_base, save_checkpoint
+from gem_vllm.checkpoint import save_checkpoint
 from gem_vllm.config import GemConfig
 from gem_vllm.reference import ReferenceEmbedder
-from gem_vllm.training.adapter_model import AdapterModel, add_adapter, special_rows
+from gem_vllm.training.adapter_model import AdapterModel, special_rows
 from gem_vllm.training.dense_model import DenseModel
 from gem_vllm.training.losses import info_nce, leading, pool
 from gem_vllm.training.model import GemTrainingModel
-from gem_vllm.training.packing import Packing
 from gem_vllm.training.sequences import IGNORE, next_token_targets, pad
 from tests.tiny import FAMILIES
-
-K = 3
-TEXT_LENGTHS = (5, 31, 1, 18, 12)
-
-
-def make_model(base: Path, kind: type[GemTrainingModel], pooling: str = "mean") -> Any:
-    model, tokenizer = load_base(base, dtype=torch.float32)
-    ids = add_special_tokens(model, tokenizer, K)
-    lm: Any = model
-    if kind is AdapterModel:
-        lm = add_adapter(model, ids, rank=4, alpha=8)
-        random = torch.Generator().manual_seed(5)
-        for name, parameter in lm.named_parameters():
-            if "lora_B" in name:
-                parameter.data.normal_(0, 0.1, generator=random)
-    return kind(lm, ids, pooling, scale=20.0, symmetric=False), tokenizer
+from tests.training.models import K, make_model, random_texts
 
 
 def make_oracle(model: GemTrainingModel, tokenizer: Any, folder: Path) -> ReferenceEmbedder:
     mode = "adapter" if isinstance(model, AdapterModel) else "full"
     save_checkpoint(folder, model.lm, tokenizer, GemConfig(model.special_ids, "mean", mode, "tiny"))
     return ReferenceEmbedder(folder)
-
-
-def random_texts(lengths: tuple[int, ...] = TEXT_LENGTHS) -> list[list[int]]:
-    random = torch.Generator().manual_seed(9)
-    return [torch.randint(5, 400, (n,), generator=random).tolist() for n in lengths]
 
 
 def oracle_states(oracle: ReferenceEmbedder, row: list[int]) -> torch.Tensor:
@@ -310,96 +289,3 @@ def test_matryoshka_is_the_mean_over_the_sizes(
         model.matryoshka = (16, 4)
         found = model(torch.tensor(1.0), cl_ids=ids, cl_lengths=lengths)["loss_cl"]
     torch.testing.assert_close(found, sum(expected) / 3)
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_both_kinds_of_model_hide_the_same_tokens(
-    tiny_base: Callable[..., Path], family: str
-) -> None:
-    """With the adapter's B at 0, so that both are the base, with its special rows."""
-    ids, lengths = pad(random_texts())
-    seen = torch.rand(ids.shape, generator=torch.Generator().manual_seed(3)) < 0.5
-    seen[:, 0] = True
-    adapter, _ = make_model(tiny_base(family), AdapterModel)
-    dense, _ = make_model(tiny_base(family), DenseModel)
-    for name, parameter in adapter.lm.named_parameters():
-        if "lora_B" in name:
-            parameter.data.zero_()
-    with torch.no_grad():
-        found = adapter.special_states(ids, lengths, seen)
-        torch.testing.assert_close(
-            found, dense.special_states(ids, lengths, seen), atol=1e-5, rtol=1e-4
-        )
-        # What is hidden may as well be another token.
-        seen[:, 1:] = False
-        other = ids.clone()
-        other[:, 1:] = 7
-        states = [adapter.special_states(each, lengths, seen) for each in (ids, other)]
-        torch.testing.assert_close(*states)
-        assert not torch.allclose(*(adapter.special_states(each, lengths) for each in (ids, other)))
-
-
-def test_parts_of_a_batch_hide_the_same_tokens(tiny_base: Callable[..., Path]) -> None:
-    model, _ = make_model(tiny_base(), AdapterModel)
-    ids, lengths = pad(random_texts((5, 31, 7, 18, 12, 9)))
-    seen = torch.rand(ids.shape, generator=torch.Generator().manual_seed(3)) < 0.5
-    whole = model(torch.tensor(1.0), cl_ids=ids, cl_lengths=lengths, cl_seen=seen)["loss"]
-    model.rows_per_pass = 2
-    parts = model(torch.tensor(1.0), cl_ids=ids, cl_lengths=lengths, cl_seen=seen)["loss"]
-    torch.testing.assert_close(parts, whole)
-
-
-def test_packing_is_tight_and_undone() -> None:
-    lengths = torch.tensor([5, 31, 1, 18, 12, 14, 32])
-    packing = Packing.of(lengths, 32)
-    assert packing.shape == (4, 32)  # 32, 31 + 1, 18 + 14, 12 + 5
-    rows = torch.arange(7 * 40).view(7, 40) + 1
-    real = torch.arange(40) < lengths[:, None]
-    packed = packing.pack(rows)
-    assert sorted(packed[packed > 0].tolist()) == sorted(rows[real].tolist())
-    assert torch.equal(packing.unpack(packed, 40), rows.where(real, 0))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_packed_rows_give_the_same_losses_and_gradients(
-    tiny_base: Callable[..., Path], family: str
-) -> None:
-    model, _ = make_model(tiny_base(family), DenseModel)
-    special = list(model.special_ids)
-    texts = random_texts((5, 31, 7, 18, 12, 9))
-    ids, lengths = pad(texts)
-    mixed = [text if row % 3 == 0 else [*text, *special, *text] for row, text in enumerate(texts)]
-    ntp_ids, ntp_lengths = pad(mixed)
-    found = []
-    for width in (None, 48):
-        model.pack_into = width
-        model.zero_grad()
-        losses = model(
-            torch.tensor(0.5),
-            cl_ids=ids,
-            cl_lengths=lengths,
-            ntp_ids=ntp_ids,
-            ntp_lengths=ntp_lengths,
-        )
-        losses["loss"].backward()
-        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        found.append((losses, gradients))
-    (padded, expected), (packed, gradients) = found
-    torch.testing.assert_close(packed["loss_cl"], padded["loss_cl"])
-    torch.testing.assert_close(packed["loss_ntp"], padded["loss_ntp"])
-    for name, gradient in expected.items():
-        assert (gradients[name] - gradient).norm() <= 1e-3 * gradient.norm() + 1e-7, name
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_flex_attention_gives_the_same_states(tiny_base: Callable[..., Path], family: str) -> None:
-    """What CUDA computes with; on a CPU it has no gradients."""
-    model, _ = make_model(tiny_base(family), DenseModel)
-    ids, lengths = pad(random_texts((5, 31, 7, 18, 12, 9)))
-    model.pack_into = 48
-    with torch.no_grad():
-        expected = model.special_states(ids, lengths)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(DenseModel, "_flex", lambda self, packed: True)
-            found = model.special_states(ids, lengths)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
