@@ -52,7 +52,7 @@ def _pair(row: Any, where: str) -> Pair:
             f"{where}: expected an object with anchor, and positive or negative, or both"
         )
     positive, negative = row.get("positive"), row.get("negative") or []
-    negatives = [negative] if isinstance(negative, str) else list(negative)
+    negatives = negative if isinstance(negative, list) else [negative]
     given = [row["anchor"], *negatives, *([] if positive is None else [positive])]
     if not all(isinstance(text, str) and text.strip() for text in given):
         raise GemError(f"{where}: anchor, positive and negative must be texts that are not empty")

@@ -179,6 +179,7 @@ def test_a_pair_without_positive_gets_one_with_tokens_dropped(make: Make, tmp_pa
         (["a", "b"], "line 1: expected an object"),
         ({"anchor": "a", "positive": " "}, "texts that are not empty"),
         ({"anchor": "a", "positive": "b", "negative": [1]}, "texts that are not empty"),
+        ({"anchor": "a", "positive": "b", "negative": 1}, "texts that are not empty"),
     ],
 )
 def test_bad_pairs_are_refused(row: Any, message: str, make: Make, tmp_path: Path) -> None:
