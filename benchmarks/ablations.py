@@ -50,8 +50,7 @@ def main() -> None:
             continue
         print(f"{name}: {rows[name].title}", flush=True)
         results[name] = {**run(rows[name], args, prefixes), "commit": commit}
-        write_json(file.with_suffix(".tmp"), results)
-        file.with_suffix(".tmp").replace(file)
+        write_json(file, results)
         print(results[name]["scores"], flush=True)
     (args.out / "ablations.md").write_text(markdown(results), encoding="utf-8")
 
@@ -114,11 +113,9 @@ def lead(paragraphs: Path, file: Path) -> None:
     part = file.with_suffix(".tmp")
     with open_text(paragraphs) as lines, gzip.open(part, "wt", encoding="utf-8") as out:
         for line in lines:
-            first, _, rest = re.sub(r"([.!?]) (?=[A-Z])", "\\1\n", line.strip(), count=1).partition(
-                "\n"
-            )
-            if len(rest.split()) >= 8:
-                out.write(json.dumps({"anchor": first, "positive": rest}) + "\n")
+            first, *rest = re.split(r"(?<=[.!?]) (?=[A-Z])", line.strip(), maxsplit=1)
+            if rest and len(rest[0].split()) >= 8:
+                out.write(json.dumps({"anchor": first, "positive": rest[0]}) + "\n")
     part.replace(file)
 
 
@@ -127,11 +124,12 @@ def mined(args: argparse.Namespace, file: Path) -> None:
     texts, vectors = args.work / "sentences.txt", args.work / "vectors"
     with open_text(args.sentences) as lines, texts.open("w", encoding="utf-8") as out:
         out.writelines(line for _, line in zip(range(MINED_SENTENCES), lines, strict=False))
-    command = [sys.executable, "-m", "gem_vllm.cli"]
-    embed = ["embed", "--model", args.work / "base", "--input", texts, "--output", vectors]
-    for step in (embed, ["mine", vectors, "--out", file]):
-        more = ["--keep", "text"] if step is embed else []
-        subprocess.run([*command, *map(str, [*step, *more])], check=True)
+    model = args.work / "base"
+    for step in (
+        ["embed", "--model", model, "--input", texts, "--keep", "text", "--output", vectors],
+        ["mine", vectors, "--out", file],
+    ):
+        subprocess.run([sys.executable, "-m", "gem_vllm.cli", *map(str, step)], check=True)
 
 
 def markdown(results: dict[str, Any]) -> str:

@@ -48,8 +48,7 @@ def main() -> None:
         if str(k) in results:
             continue
         results[str(k)] = measure(k, args)
-        write_json(file.with_suffix(".tmp"), results)
-        file.with_suffix(".tmp").replace(file)
+        write_json(file, results)
     (args.out / "reconstruction.md").write_text(markdown(results), encoding="utf-8")
 
 

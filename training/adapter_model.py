@@ -26,7 +26,7 @@ from gem_vllm.training.model import GemTrainingModel
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
-LORA_MODULES = {"all": (ATTENTION, MLP), "attention": (ATTENTION,), "mlp": (MLP,)}
+LORA_MODULES = {"all": ATTENTION + MLP, "attention": ATTENTION, "mlp": MLP}
 
 # Texts of like length share a forward pass, so that little of it is spent on padding.
 TEXTS_PER_PASS = 16
@@ -185,7 +185,7 @@ def add_adapter(
         task_type="CAUSAL_LM",
         r=rank,
         lora_alpha=alpha,
-        target_modules=[name for kind in LORA_MODULES[modules] for name in kind],
+        target_modules=list(LORA_MODULES[modules]),
         layers_to_transform=last_layers and list(range(layers - last_layers, layers)),
         trainable_token_indices=list(special_ids),
     )

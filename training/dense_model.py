@@ -97,11 +97,7 @@ class DenseModel(GemTrainingModel):
         return packed.is_cuda and self.base.config._attn_implementation != "eager"
 
     def _decode(self, token_ids: torch.Tensor, positions: torch.Tensor, masks: Any) -> torch.Tensor:
-        return (
-            self.base.get_decoder()(
-                input_ids=token_ids,
-                attention_mask=masks,
-                position_ids=positions,
-                use_cache=False,
-            )
-        ).last_hidden_state
+        output = self.base.get_decoder()(
+            input_ids=token_ids, attention_mask=masks, position_ids=positions, use_cache=False
+        )
+        return output.last_hidden_state

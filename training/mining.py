@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gem_vllm.errors import GemError
+from gem_vllm.serving.vectors import EMBEDDING
 from gem_vllm.training.data import open_text
 
 ROWS_AT_ONCE = 1024
-VECTORS = "embedding"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +116,7 @@ def _read(options: MineOptions) -> tuple[list[str], np.ndarray]:
         except pa.ArrowException as error:
             raise GemError(f"{file} cannot be read: {error}") from error
         _check_columns(file, schema, options.text_column)
-        table = pq.read_table(file, columns=[options.text_column, VECTORS]).drop_null()
+        table = pq.read_table(file, columns=[options.text_column, EMBEDDING]).drop_null()
         kept = []
         for number, text in enumerate(table.column(0).to_pylist()):
             if text not in texts:
@@ -130,7 +130,7 @@ def _read(options: MineOptions) -> tuple[list[str], np.ndarray]:
 
 def _check_columns(file: Path, schema: pa.Schema, text_column: str) -> None:
     names = set(schema.names)
-    if VECTORS not in names or schema.field(VECTORS).type.value_type not in (
+    if EMBEDDING not in names or schema.field(EMBEDDING).type.value_type not in (
         pa.float32(),
         pa.float16(),
     ):

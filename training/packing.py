@@ -29,16 +29,17 @@ class Packing:
 
         lengths: int64 [N]; width: cells of a row, as many as the longest at least.
         """
+        sizes: list[int] = lengths.tolist()
         used: list[int] = []
-        row, offset = torch.zeros_like(lengths), torch.zeros_like(lengths)
-        for index in lengths.argsort(descending=True, stable=True).tolist():
-            length = int(lengths[index])
+        row, offset = [0] * len(sizes), [0] * len(sizes)
+        for index, length in sorted(enumerate(sizes), key=lambda item: -item[1]):
             place = next((i for i, cells in enumerate(used) if cells + length <= width), len(used))
             if place == len(used):
                 used.append(0)
             row[index], offset[index] = place, used[place]
             used[place] += length
-        return cls(row, offset, lengths, (len(used), max(used)))
+        moved = (torch.tensor(values, device=lengths.device) for values in (row, offset))
+        return cls(*moved, lengths, (len(used), max(used)))
 
     def pack(self, values: torch.Tensor) -> torch.Tensor:
         """[N, T] to [B, L]; cells that hold nothing are 0."""

@@ -208,8 +208,7 @@ def _speak(
         if not file.is_file():
             result = run_language_tasks(engine(), configs, options.limit)
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(file.with_suffix(".tmp"), result)
-            file.with_suffix(".tmp").replace(file)
+            write_json(file, result)
         column.language[kind] = json.loads(file.read_text(encoding="utf-8"))
 
 
