@@ -21,9 +21,9 @@ from gem_vllm.evaluation.encoder import GemEncoder
 from gem_vllm.evaluation.local_tasks import local_task
 from gem_vllm.training.adapter_model import AdapterModel
 from gem_vllm.training.batches import plain_prompt_template
-from gem_vllm.training.dense_model import DenseModel
 from gem_vllm.training.losses import leading, pool
 from gem_vllm.training.model import GemTrainingModel
+from gem_vllm.training.modes import embedding_model
 from gem_vllm.training.sequences import Template, pad
 
 TASKS = ("STSBenchmark", "STS12", "TRECQA_Reranking", "WikiQA_Reranking", "Cranfield")
@@ -104,9 +104,7 @@ class CheckpointEmbedder:
         dimensions: int | None = None,
     ) -> None:
         lm, _, config = load_checkpoint(folder, dtype=dtype)
-        kind = AdapterModel if config.train_mode == "adapter" else DenseModel
-        arguments: dict[str, Any] = {"scale": 20.0, "symmetric": False}
-        self._model = kind(lm, config.special_token_ids, config.pooling, **arguments)
+        self._model = embedding_model(lm, config)
         self._instruction = config.instruction_ids
         self._prefixes, self.dimensions = prefixes, dimensions
 

@@ -19,9 +19,8 @@ from gem_vllm.checkpoint import load_checkpoint
 from gem_vllm.config import GemConfig, special_token
 from gem_vllm.errors import GemError
 from gem_vllm.folders import write_json, written_whole
-from gem_vllm.training.adapter_model import AdapterModel
-from gem_vllm.training.dense_model import DenseModel
 from gem_vllm.training.losses import pool
+from gem_vllm.training.modes import embedding_model
 from gem_vllm.training.sequences import pad
 from gem_vllm.weights import weights_size
 
@@ -41,10 +40,7 @@ class GemModule(InputModule):
         super().__init__()
         self.folder = folder
         model, self.tokenizer, self.gem_config = load_checkpoint(folder, dtype=dtype)
-        kind = AdapterModel if self.gem_config.train_mode == "adapter" else DenseModel
-        special_ids = self.gem_config.special_token_ids
-        self.model = kind(model, special_ids, self.gem_config.pooling, scale=1.0, symmetric=False)
-        self.model.requires_grad_(False).to(dtype)
+        self.model = embedding_model(model, self.gem_config).to(dtype)
         self.max_seq_length = self.model.config.max_position_embeddings - len(
             self.gem_config.appended_ids
         )

@@ -19,12 +19,13 @@ from gem_vllm.checkpoint import add_special_tokens, load_base, save_checkpoint
 from gem_vllm.config import GemConfig
 from gem_vllm.errors import GemError
 from gem_vllm.folders import check_writable
-from gem_vllm.training.adapter_model import AdapterModel, add_adapter
+from gem_vllm.training.adapter_model import add_adapter
 from gem_vllm.training.batches import TrainBatches
 from gem_vllm.training.dense_model import DenseModel
 from gem_vllm.training.held_out import HeldOutPairs
 from gem_vllm.training.model import GemTrainingModel
 from gem_vllm.training.model_card import source_commit, write_model_card
+from gem_vllm.training.modes import model_class
 from gem_vllm.training.options import TrainOptions, flag
 from gem_vllm.training.sharding import shard_base
 from gem_vllm.training.trainer import SPEARMAN, GemTrainer, whole_checkpoints
@@ -132,7 +133,6 @@ def build_model(
     model: PreTrainedModel, special_ids: tuple[int, ...], options: TrainOptions
 ) -> GemTrainingModel:
     """The training model of ``options.mode`` over a base with its special tokens."""
-    kind = AdapterModel if options.mode == "adapter" else DenseModel
     lm: PreTrainedModel | PeftModel = model
     if options.mode != "full":
         lm = add_adapter(
@@ -143,7 +143,7 @@ def build_model(
             modules=options.lora_modules,
             last_layers=options.lora_last_layers,
         )
-    training_model = kind(
+    training_model = model_class(options.mode)(
         lm,
         special_ids,
         options.pooling,
