@@ -1,19 +1,24 @@
 """The GEM mask in vLLM's paged attention, on the CPU backend.
 
-A special token sees its sequence's text and itself, not the special tokens before it. With k = 1
-the causal kernel is exact. With k > 1 it is exact for every row but the special ones, which are
-computed again after it: each special token becomes a sequence of its own, of one query token, over
-scratch KV blocks that hold the text (copied) and, right behind the text, the token's own key and
-value. Blocks are copied whole and read by the same kernel, so nothing here depends on the layout
-that the kernel uses inside a block.
+Behind a run a row sees the run and what follows it. A run inside a prompt starts a KV block
+(`gem_vllm.plugin.runs`), so such rows are a sequence of their own for the causal kernel, whose
+block table starts with that block.
 
-Cost: k queries for each embedding request, and a copy of its text's blocks; nothing for steps
-without special tokens, and nothing for k = 1.
+A special token sees its sequence's text and itself, not the special tokens before it, nor padding.
+With k = 1 and no padding the causal kernel is exact. Else it is exact for every row but the special
+ones, which are computed again after it: each special token becomes a sequence of its own, of one
+query token, over scratch KV blocks that hold the text (copied) and, right behind the text, the
+token's own key and value. Blocks are copied whole and read by the same kernel, so nothing here
+depends on the layout that the kernel uses inside a block.
+
+Cost: k queries for each run, and a copy of its text's blocks; nothing for steps without special
+tokens, nothing for embedding requests with k = 1, and a copy of the block table for rows behind a
+run, which attend to the less.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -35,6 +40,38 @@ def register_attention() -> None:
     """Put the GEM backend in the place of `CPU_ATTN`, the only one that the CPU platform takes."""
     register_backend(
         AttentionBackendEnum.CPU_ATTN, "gem_vllm.plugin.attention.GemCPUAttentionBackend"
+    )
+
+
+def in_segments(
+    metadata: CommonAttentionMetadata, segments: gem_step.Segments, block_size: int
+) -> CommonAttentionMetadata:
+    """The metadata of a step with a sequence for each segment in the place of each request.
+
+    Args:
+        metadata: of the step, a sequence a request.
+        segments: of the step.
+        block_size: of this layer group.
+    """
+    device = metadata.block_table_tensor.device
+    seq_lens = torch.from_numpy(segments.end - segments.start).int()
+    query_start_loc = torch.zeros(len(segments.num_rows) + 1, dtype=torch.int32)
+    query_start_loc[1:] = torch.from_numpy(segments.num_rows).cumsum(0)
+    request_index = torch.from_numpy(segments.request_index).to(device)
+    first_block = torch.from_numpy(segments.start // block_size).to(device)
+    width = metadata.block_table_tensor.shape[1]
+    columns = first_block[:, None] + torch.arange(width, device=device)
+    return replace(
+        metadata,
+        query_start_loc=query_start_loc.to(device),
+        query_start_loc_cpu=query_start_loc,
+        seq_lens=seq_lens.to(device),
+        num_reqs=len(seq_lens),
+        max_query_len=int(segments.num_rows.max()),
+        max_seq_len=int(seq_lens.max()),
+        block_table_tensor=metadata.block_table_tensor[request_index].gather(
+            1, columns.clamp(max=width - 1)
+        ),
     )
 
 
@@ -77,43 +114,45 @@ class GemCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> GemCPUAttentionMetadata:
+        step, block_table = gem_step.current(), common_attn_metadata.block_table_tensor
+        if step is not None and step.segments is not None:
+            common_attn_metadata = in_segments(common_attn_metadata, step.segments, self.block_size)
         causal = super().build(common_prefix_len, common_attn_metadata, fast_build)
         metadata = GemCPUAttentionMetadata(
             **{field.name: getattr(causal, field.name) for field in fields(causal)}
         )
-        step = gem_step.current()
-        # The first token of a run sees what the causal kernel shows it.
-        if step is not None and step.special_index.any():
-            metadata.special = self._plan(step, causal.block_table)
+        if step is not None and step.needs_mask.any():
+            metadata.special = self._plan(step, block_table)
         return metadata
 
     def _plan(self, step: gem_step.GemStep, block_table: torch.Tensor) -> SpecialRows:
-        """Lay out the scratch blocks: each request's full text blocks once, the last one per row.
+        """Lay out the scratch blocks: each text's full blocks once, the last one per row.
 
         Args:
             step: this step's special tokens.
             block_table: int32 [requests, blocks] of this layer group.
         """
         size = self.block_size
-        chosen = [i for i, index in enumerate(step.special_index) if index > 0]
+        chosen = step.needs_mask.nonzero()[0].tolist()
         sources: list[torch.Tensor] = []
         tables: list[list[int]] = []
         slots: list[int] = []
-        text_blocks: dict[int, list[int]] = {}
+        text_blocks: dict[tuple[int, int], list[int]] = {}
         count = 0
         for i in chosen:
-            request, text_len = int(step.request_index[i]), int(step.run_start[i])
-            full, offset = divmod(text_len, size)
-            if request not in text_blocks:
-                text_blocks[request] = list(range(count, count + full))
-                sources.append(block_table[request, :full])
+            request, first = int(step.request_index[i]), int(step.seen_from[i]) // size
+            full, offset = divmod(int(step.seen_to[i]) - first * size, size)
+            text = (request, first)
+            if text not in text_blocks:
+                text_blocks[text] = list(range(count, count + full))
+                sources.append(block_table[request, first : first + full])
                 count += full
-            sources.append(block_table[request, full : full + 1])
-            tables.append([*text_blocks[request], count])
+            sources.append(block_table[request, first + full : first + full + 1])
+            tables.append([*text_blocks[text], count])
             slots.append(count * size + offset)
             count += 1
         width = max(map(len, tables))
-        seq_lens = torch.tensor([step.run_start[i] + 1 for i in chosen], dtype=torch.int32)
+        seq_lens = torch.from_numpy(step.seen_to - step.seen_from + 1)[chosen].int()
         query_start_loc = torch.arange(len(chosen) + 1, dtype=torch.int32)
         return SpecialRows(
             rows=step.rows[chosen],

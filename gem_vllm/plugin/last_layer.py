@@ -26,8 +26,8 @@ class LastLayerMLP(nn.Module):
     """In the place of the last decoder layer's `mlp`.
 
     Attributes:
-        read_rows: int64 [n] rows whose result is read, those of special tokens first and in the
-            order of the step's; None for every row. The runner sets it for each step.
+        read_rows: int64 [n] rows whose result is read; None for every row. The runner sets it for
+            each step.
     """
 
     read_rows: torch.Tensor | None = None
@@ -50,7 +50,8 @@ class LastLayerMLP(nn.Module):
             return self.mlp(x)
         step = gem_step.current()
         if step is not None:
-            gem_step.publish(replace(step, rows=torch.arange(len(step.rows), device=x.device)))
+            special = torch.isin(rows, step.rows).nonzero().flatten()
+            gem_step.publish(replace(step, rows=special))
         try:
             computed = self.mlp(x[rows])
         finally:

@@ -62,7 +62,7 @@ class SpecialLoRA:
             x: [tokens, in], the layer's input.
         """
         step = gem_step.current()
-        if step is None:
+        if step is None or not len(step.rows):
             return
         # Few rows: the cost is that of the calls, and `index_add_` is a slow one.
         special = x.index_select(0, step.rows)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from gem_vllm.config import SUPPORTED_ARCHITECTURES, GemConfig, special_token
 from gem_vllm.errors import GemError
+from gem_vllm.plugin.runs import check_runs, pad_runs
 
 
 @dataclass(frozen=True)
@@ -122,23 +123,44 @@ def _patch_reserved_token_ids() -> None:
     _expect_parameters(original, "reserved-token-ids", "request_id", "prompt", "params")
 
     @functools.wraps(original)
-    def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
-        request = original(self, *args, **kwargs)
+    def process_inputs(self: Any, request_id: str, prompt: Any, *args: Any, **kwargs: Any) -> Any:
+        request = original(self, request_id, prompt, *args, **kwargs)
         gem_config = gem_config_of(self.model_config)
         if gem_config is not None:
-            check_request(request, gem_config, self.model_config.max_model_len)
+            check_request(
+                request,
+                gem_config,
+                self.model_config.max_model_len,
+                block_size=self.vllm_config.cache_config.block_size,
+                from_text=_is_from_text(prompt),
+            )
         return request
 
     InputProcessor.process_inputs = process_inputs
 
 
-def check_request(request: Any, gem_config: GemConfig, max_model_len: int) -> None:
+def _is_from_text(prompt: Any) -> bool:
+    """Whether a prompt, as `InputProcessor.process_inputs` gets it, is not token ids alone."""
+    return isinstance(prompt, str) or (
+        isinstance(prompt, Mapping) and prompt.get("prompt") is not None
+    )
+
+
+def check_request(
+    request: Any, gem_config: GemConfig, max_model_len: int, *, block_size: int, from_text: bool
+) -> None:
     """Refuse what would give special tokens a meaning that they do not have.
+
+    Whole runs in a prompt of token ids are taken: what is behind one reads what is before it
+    through its special tokens. Text is not: whoever wrote a text that is quoted in a prompt could
+    hide with a run whatever is before.
 
     Args:
         request: vLLM's `EngineCoreRequest`.
         gem_config: of the served checkpoint.
         max_model_len: the engine's limit, in tokens.
+        block_size: of the KV cache.
+        from_text: whether the prompt is a text that was tokenized.
 
     Raises:
         VLLMValidationError: answered with 400 over HTTP.
@@ -147,23 +169,24 @@ def check_request(request: Any, gem_config: GemConfig, max_model_len: int) -> No
 
     special = set(gem_config.special_token_ids)
     prompt = request.prompt_token_ids or []
-    for position, token_id in enumerate(prompt):
-        if token_id in special:
-            name = special_token(gem_config.special_token_ids.index(token_id))
-            raise VLLMValidationError(
-                f"The prompt holds the reserved GEM token {name} (id {token_id}) at position "
-                f"{position}. The server adds these tokens to embedding requests itself; take "
-                "it, or the text that spells it, out of the prompt."
-            )
+    length = len(prompt)
+    if not special.isdisjoint(prompt):
+        _check_runs(request, gem_config, from_text)
+        length = len(pad_runs(prompt, gem_config.special_token_ids, block_size))
     appended = len(gem_config.appended_ids)
-    if request.pooling_params is not None and len(prompt) + appended > max_model_len:
+    if request.pooling_params is not None and length + appended > max_model_len:
         raise VLLMValidationError(
-            f"The prompt has {len(prompt)} tokens; an embedding request may have "
+            f"The prompt has {length} tokens; an embedding request may have "
             f"{max_model_len - appended}, the context of {max_model_len} less "
             f"{appended} for the GEM special tokens. Shorten the input or set "
             "truncate_prompt_tokens."
         )
     params = request.sampling_params
+    if params is not None and length > len(prompt) and length >= max_model_len:
+        raise VLLMValidationError(
+            f"The prompt has {length} tokens, of which {length - len(prompt)} fill up KV blocks "
+            f"before its special tokens; the context is {max_model_len}. Shorten the prompt."
+        )
     if (
         params is not None
         and params.allowed_token_ids
@@ -171,6 +194,36 @@ def check_request(request: Any, gem_config: GemConfig, max_model_len: int) -> No
     ):
         raise VLLMValidationError(
             "allowed_token_ids names GEM special tokens only, which are never generated."
+        )
+
+
+def _check_runs(request: Any, gem_config: GemConfig, from_text: bool) -> None:
+    from vllm.exceptions import VLLMValidationError
+
+    prompt, special_ids = request.prompt_token_ids, gem_config.special_token_ids
+    if from_text:
+        position, token_id = next(
+            (position, token_id)
+            for position, token_id in enumerate(prompt)
+            if token_id in special_ids
+        )
+        raise VLLMValidationError(
+            f"The prompt's text spells the reserved GEM token "
+            f"{special_token(special_ids.index(token_id))} (token {position}). Take it out. (The "
+            "server adds these tokens to embedding requests itself.)"
+        )
+    try:
+        check_runs(prompt, special_ids)
+    except GemError as error:
+        raise VLLMValidationError(f"{error}.") from error
+    if request.sampling_params is not None and request.sampling_params.prompt_logprobs is not None:
+        raise VLLMValidationError(
+            "prompt_logprobs are not given for a prompt with special tokens. Leave them unset."
+        )
+    if request.pooling_params is not None and prompt[-1] in special_ids:
+        raise VLLMValidationError(
+            "The prompt ends with special tokens; the server adds those that an embedding is made "
+            "of itself. Take them out."
         )
 
 
@@ -204,7 +257,8 @@ LEDGER = (
     Patch(
         name="reserved-token-ids",
         target="vllm.v1.engine.input_processor.InputProcessor.process_inputs",
-        why="User input must not hold GEM special tokens, neither as ids nor spelled in text.",
+        why="User input must not spell GEM special tokens in text, nor hold them as ids but in "
+        "whole runs.",
         needless_when="a model can register a validator of engine inputs.",
         apply=_patch_reserved_token_ids,
     ),

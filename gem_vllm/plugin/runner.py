@@ -16,12 +16,14 @@ import numpy as np
 import torch
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from gem_vllm.config import GemConfig
 from gem_vllm.plugin import step as gem_step
 from gem_vllm.plugin.frames import with_room
 from gem_vllm.plugin.pooler import pool_special_tokens
+from gem_vllm.plugin.runs import Run, find_runs
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner as _Runner
@@ -36,6 +38,8 @@ class GemModelRunner(_Runner):
 
     gem_config: GemConfig
     _gem_step: gem_step.GemStep | None
+    # Request id to the runs of its sequence, for requests that have any.
+    _runs: dict[str, tuple[Run, ...]]
     # Request id to the hidden states [hidden] of its special tokens that are computed, by index.
     _special_states: dict[str, dict[int, torch.Tensor]]
     _finished_embeddings: list[int]
@@ -46,12 +50,26 @@ class GemModelRunner(_Runner):
         runner.__class__ = type(f"Gem{type(runner).__name__}", (GemModelRunner, type(runner)), {})
         runner.gem_config = gem_config
         runner._gem_step = None
+        runner._runs = {}
         runner._special_states = {}
         runner._finished_embeddings = []
 
     def get_supported_tasks(self) -> tuple[Any, ...]:
         """vLLM's tasks for the model, and `embed`."""
         return (*super().get_supported_tasks(), "embed")
+
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        """vLLM's, with longer windows.
+
+        A run's window counts neither its padding nor its tokens (`gem_vllm.mask`), so keys and
+        values are kept for longer by as many. What is attended to is set by the layers.
+        """
+        specs = super().get_kv_cache_spec()
+        for name, spec in specs.items():
+            if isinstance(spec, SlidingWindowSpec):
+                longer = spec.sliding_window + spec.block_size + self.gem_config.k
+                specs[name] = replace(spec, sliding_window=longer)
+        return specs
 
     def execute_model(self, *args: Any, **kwargs: Any) -> Any:
         """One forward pass; the step's special tokens are known only while it runs."""
@@ -64,11 +82,14 @@ class GemModelRunner(_Runner):
     def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
         for request_id in scheduler_output.finished_req_ids:
             self._special_states.pop(request_id, None)
+            self._runs.pop(request_id, None)
         new_requests = scheduler_output.scheduled_new_reqs
         for i, request in enumerate(new_requests):
             if request.pooling_params is not None:
                 new_requests[i] = replace(request, sampling_params=_DISCARDED)
                 self._special_states[request.req_id] = {}
+            if runs := find_runs(request.prompt_token_ids, self.gem_config.special_token_ids):
+                self._runs[request.req_id] = runs
         return super()._update_states(scheduler_output)
 
     def _prepare_inputs(
@@ -81,29 +102,38 @@ class GemModelRunner(_Runner):
         ]
         unfinished = self.discard_request_mask.np
         self._finished_embeddings = [i for i in embedding if not unfinished[i]]
-        self._gem_step = None
         self.model.logits_rows = None
         if embedding:
             unfinished[embedding] = True
             self.discard_request_mask.copy_to_gpu(batch.num_reqs)
             generating = np.setdiff1d(np.arange(batch.num_reqs), embedding)
             self.model.logits_rows = torch.from_numpy(generating).to(self.device)
-            self._gem_step = gem_step.GemStep.of_batch(
-                embedding,
-                batch.num_prompt_tokens,
-                batch.num_computed_tokens_cpu,
-                num_scheduled_tokens,
-                self.gem_config.k,
-                self.device,
-            )
+        self._gem_step = gem_step.GemStep.of_batch(
+            {
+                i: self._runs[req_id]
+                for i, req_id in enumerate(batch.req_ids)
+                if req_id in self._runs
+            },
+            set(embedding),
+            batch.num_computed_tokens_cpu,
+            num_scheduled_tokens,
+            self.device,
+        )
         gem_step.publish(self._gem_step)
+        self._leave_padding_out_of_positions(scheduler_output.total_num_scheduled_tokens)
         self.model.last_mlp.read_rows = self._read_rows(
             prepared[0], scheduler_output.total_num_scheduled_tokens
         )
         return prepared
 
+    def _leave_padding_out_of_positions(self, num_tokens: int) -> None:
+        """Positions count up as if there were no padding; slots, which are set by now, count it."""
+        if self._gem_step is not None and self._gem_step.position_shift is not None:
+            shift = torch.from_numpy(self._gem_step.position_shift)
+            self.positions[:num_tokens] -= shift.to(self.device, non_blocking=True)
+
     def _read_rows(self, logits_indices: torch.Tensor, num_tokens: int) -> torch.Tensor | None:
-        """Rows of the last layer that are read: special tokens, then rows to sample from.
+        """Rows of the last layer that are read: embeddings' special tokens, rows to sample from.
 
         None for all, where most are read, or may be: prompt logprobs read a whole prompt.
         """
@@ -112,7 +142,7 @@ class GemModelRunner(_Runner):
         sampled = logits_indices.long()
         if self._gem_step is None:
             return sampled
-        special = self._gem_step.rows
+        special = self._gem_step.rows[: self._gem_step.num_read]
         return torch.cat([special, sampled[~torch.isin(sampled, special)]])
 
     def sample_tokens(self, grammar_output: Any) -> Any:
@@ -137,9 +167,10 @@ class GemModelRunner(_Runner):
         step, self._gem_step = self._gem_step, None
         req_ids = self.input_batch.req_ids
         if step is not None:
-            states = hidden_states[step.rows].float().cpu()
-            for i, j, state in zip(step.request_index, step.special_index, states, strict=True):
-                self._special_states[req_ids[i]][int(j)] = state
+            states = hidden_states[step.rows[: step.num_read]].float().cpu()
+            for n, state in enumerate(states):
+                request_id = req_ids[step.request_index[n]]
+                self._special_states[request_id][int(step.special_index[n])] = state
         alike = defaultdict(list)
         for i in self._finished_embeddings:
             params = self.requests[req_ids[i]].pooling_params

@@ -1,7 +1,7 @@
 """vLLM's scheduler, with the special tokens behind embedding prompts and counts of step kinds.
 
-The special tokens are added here, behind the front end: what the server reports to the user
-(`usage`, `prompt_token_ids`) is the user's own prompt.
+The special tokens, and the padding before runs inside a prompt, are added here, behind the front
+end: what the server reports to the user (`usage`, `prompt_token_ids`) is the user's own prompt.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from vllm.v1.request import Request
 
 from gem_vllm.config import GemConfig
 from gem_vllm.plugin.metrics import attach_step_counts
+from gem_vllm.plugin.runs import Run, find_runs, pad_runs
 
 
 class GemScheduler(AsyncScheduler):
@@ -27,15 +28,25 @@ class GemScheduler(AsyncScheduler):
         super().__init__(*args, **kwargs)
         self.gem_config = GemConfig.from_hf_config(self.vllm_config.model_config.hf_config)
         self._step_counts: Counter[str] = Counter()
+        # Request id to the runs inside its prompt, for requests that have any.
+        self._runs: dict[str, tuple[Run, ...]] = {}
 
     def add_request(self, request: Request) -> None:
-        """Queue `request`; behind an embedding request's prompt go the special tokens."""
+        """Queue `request`, with padding before the runs in its prompt.
+
+        Behind an embedding request's prompt go the special tokens.
+        """
+        special_ids = self.gem_config.special_token_ids
+        if not set(special_ids).isdisjoint(request.prompt_token_ids or ()):
+            pad_prompt(request, special_ids, self.block_size)
+            self._runs[request.request_id] = find_runs(request.prompt_token_ids, special_ids)
         if request.pooling_params is not None:
             append_special_tokens(request, self.gem_config.appended_ids, self.hash_block_size)
         super().add_request(request)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Schedule a step and count it as `embed`, `generate` or `mixed`."""
+        self._free_what_runs_hide()
         output = super().schedule(*args, **kwargs)
         kinds = {
             self.requests[request_id].pooling_params is not None
@@ -47,6 +58,23 @@ class GemScheduler(AsyncScheduler):
             ] += 1
         return output
 
+    def _free_what_runs_hide(self) -> None:
+        """Give back the KV blocks before a run that is computed: nothing to come sees them.
+
+        As vLLM does behind a sliding window. Tokens of steps in flight do not count as computed.
+        """
+        for request_id in [*self._runs]:
+            request = self.requests.get(request_id)
+            if request is None:
+                del self._runs[request_id]
+                continue
+            computed = request.num_computed_tokens - request.num_in_flight_tokens
+            hidden = max(
+                (run.start for run in self._runs[request_id] if run.end <= computed), default=0
+            )
+            for manager in self.kv_cache_manager.coordinator.single_type_managers:
+                manager._remove_blocks_in_range(request_id, 0, hidden // manager.block_size)
+
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         """vLLM's statistics, with the counts since the last call."""
         stats = super().make_stats(*args, **kwargs)
@@ -54,6 +82,22 @@ class GemScheduler(AsyncScheduler):
             attach_step_counts(stats, self._step_counts)
             self._step_counts.clear()
         return stats
+
+
+def pad_prompt(request: Request, special_ids: tuple[int, ...], block_size: int) -> None:
+    """Put padding before the runs in the prompt of a request that is not queued yet.
+
+    Args:
+        request: of any kind.
+        special_ids: the k special tokens in their order.
+        block_size: of the KV cache; where layers differ, what all of theirs divide.
+    """
+    assert request.prompt_token_ids is not None
+    request.prompt_token_ids = pad_runs(request.prompt_token_ids, special_ids, block_size)
+    request._all_token_ids[:] = request.prompt_token_ids
+    request.num_prompt_tokens = len(request.prompt_token_ids)
+    request.block_hashes.clear()
+    request.update_block_hashes()
 
 
 def append_special_tokens(

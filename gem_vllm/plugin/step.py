@@ -7,70 +7,150 @@ never sees the rows of an earlier step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from gem_vllm.plugin.runs import Run
+
 IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
+class Segments:
+    """A step's tokens, in their order, parted where a run ends: the rows of each see one start.
+
+    Attributes:
+        request_index: int64 [n]: the batch row of the request that each belongs to.
+        num_rows: int64 [n]: tokens of this step; they sum up to all of it.
+        start: int64 [n]: first position, within its sequence, that its rows see; a KV block's.
+        end: int64 [n]: position behind its last row.
+    """
+
+    request_index: IntArray
+    num_rows: IntArray
+    start: IntArray
+    end: IntArray
+
+
+@dataclass(frozen=True)
 class GemStep:
-    """The special tokens among the tokens of one step, in batch order.
+    """The special tokens among the tokens of one step, and what is behind a run.
+
+    Those whose hidden states are read, the runs of embedding requests, come first; then those
+    inside prompts; each in batch order.
 
     Attributes:
         rows: int64 [n], on the model's device: row of each special token among the step's tokens.
         request_index: int64 [n]: the batch row of the request that each belongs to.
-        run_start: int64 [n]: position, within its sequence, at which the token's run starts.
         special_index: int64 [n]: which of the k special tokens it is, 0 to k - 1.
+        seen_from: int64 [n]: first position, within its sequence, that it sees; a KV block's.
+        seen_to: int64 [n]: position behind the last that it sees, but for itself.
+        needs_mask: bool [n]: whether a causal kernel would show it more than that.
+        num_read: how many of the n are read.
+        segments: None where no row is behind a run.
+        position_shift: int64 [tokens]: padding before each token of the step; None for none.
     """
 
     rows: torch.Tensor
     request_index: IntArray
-    run_start: IntArray
     special_index: IntArray
+    seen_from: IntArray
+    seen_to: IntArray
+    needs_mask: npt.NDArray[np.bool_]
+    num_read: int
+    segments: Segments | None
+    position_shift: IntArray | None
 
     @staticmethod
     def of_batch(
-        embedding_requests: Sequence[int],
-        prompt_lens: IntArray,
+        runs: Mapping[int, tuple[Run, ...]],
+        embedding: Set[int],
         num_computed: IntArray,
         num_scheduled: IntArray,
-        k: int,
         device: torch.device,
     ) -> GemStep | None:
-        """Find the special tokens of a step; None where it has none.
+        """Find the special tokens of a step; None where it has none, and nothing behind a run.
 
         Args:
-            embedding_requests: batch rows of the embedding requests.
-            prompt_lens: int [requests]: prompt lengths, special tokens included.
+            runs: batch row to the runs of its sequence; rows without runs may be left out.
+            embedding: batch rows of embedding requests, whose last run is read.
             num_computed: int [requests]: tokens computed before this step.
             num_scheduled: int [requests]: tokens computed in this step.
-            k: special tokens at the end of every embedding request's prompt.
             device: where `rows` goes.
         """
+        if not runs:
+            return None
         first_row = np.cumsum(num_scheduled) - num_scheduled
-        rows, request_index, run_start, special_index = [], [], [], []
-        for i in embedding_requests:
-            start = int(prompt_lens[i]) - k
-            begin = max(start, int(num_computed[i]))
-            end = int(num_computed[i]) + int(num_scheduled[i])
-            for position in range(begin, end):
-                rows.append(int(first_row[i]) + position - int(num_computed[i]))
-                request_index.append(i)
-                run_start.append(start)
-                special_index.append(position - start)
-        if not rows:
+        read: list[tuple[int, int, int, Run]] = []
+        inside: list[tuple[int, int, int, Run]] = []
+        for i, its_runs in runs.items():
+            begin = int(num_computed[i])
+            end = begin + int(num_scheduled[i])
+            for run in its_runs:
+                into = read if i in embedding and run is its_runs[-1] else inside
+                for position in range(max(run.start, begin), min(run.end, end)):
+                    row = int(first_row[i]) + position - begin
+                    into.append((row, i, position - run.start, run))
+        segments = _segments(runs, num_computed, num_scheduled)
+        special = read + inside
+        if not special and segments is None:
             return None
         return GemStep(
-            rows=torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True),
-            request_index=np.array(request_index, dtype=np.int64),
-            run_start=np.array(run_start, dtype=np.int64),
-            special_index=np.array(special_index, dtype=np.int64),
+            rows=torch.tensor([row for row, *_ in special], dtype=torch.int64).to(
+                device, non_blocking=True
+            ),
+            request_index=np.array([i for _, i, _, _ in special], dtype=np.int64),
+            special_index=np.array([index for _, _, index, _ in special], dtype=np.int64),
+            seen_from=np.array([run.seen_from for *_, run in special], dtype=np.int64),
+            seen_to=np.array([run.seen_to for *_, run in special], dtype=np.int64),
+            needs_mask=np.array(
+                [index > 0 or run.padding > 0 for _, _, index, run in special], dtype=np.bool_
+            ),
+            num_read=len(read),
+            segments=segments,
+            position_shift=_position_shift(runs, num_computed, num_scheduled),
         )
+
+
+def _segments(
+    runs: Mapping[int, tuple[Run, ...]], num_computed: IntArray, num_scheduled: IntArray
+) -> Segments | None:
+    parts: list[tuple[int, int, int, int]] = []
+    behind_a_run = False
+    for i, (computed, scheduled) in enumerate(zip(num_computed, num_scheduled, strict=False)):
+        begin, end = int(computed), int(computed + scheduled)
+        start = 0
+        for run in runs.get(i, ()):
+            if run.end >= end:
+                break
+            if run.end > begin:
+                parts.append((i, run.end - begin, start, run.end))
+                begin = run.end
+            start = run.start
+            behind_a_run = True
+        parts.append((i, end - begin, start, end))
+    if not behind_a_run:
+        return None
+    columns = (np.array(column, dtype=np.int64) for column in zip(*parts, strict=True))
+    return Segments(*columns)
+
+
+def _position_shift(
+    runs: Mapping[int, tuple[Run, ...]], num_computed: IntArray, num_scheduled: IntArray
+) -> IntArray | None:
+    if not any(run.padding for its_runs in runs.values() for run in its_runs):
+        return None
+    first_row = np.cumsum(num_scheduled) - num_scheduled
+    shift = np.zeros(int(num_scheduled.sum()), dtype=np.int64)
+    for i, its_runs in runs.items():
+        rows = shift[first_row[i] : first_row[i] + num_scheduled[i]]
+        for run in its_runs:
+            rows[max(run.start - int(num_computed[i]), 0) :] += run.padding
+    return shift
 
 
 _current: GemStep | None = None
@@ -83,5 +163,5 @@ def publish(step: GemStep | None) -> None:
 
 
 def current() -> GemStep | None:
-    """The step whose forward pass is running, None where it has no special tokens."""
+    """The step whose forward pass is running; None where no run of special tokens concerns it."""
     return _current

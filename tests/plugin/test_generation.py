@@ -100,16 +100,21 @@ def test_prompt_logprobs_of_chat_beside_embeddings(llm: LLM, eager_specials: Pat
 @pytest.mark.parametrize(
     ("prompt", "params", "message"),
     [
-        ([5, 6, "special"], SamplingParams(), "reserved GEM token <|gem_0|>"),
-        (["special", 6], EMBED, "reserved GEM token <|gem_0|>"),
+        ([5, 6, "special"], SamplingParams(), "position 2 of the prompt are no whole run"),
+        (["special", 6], EMBED, "no whole run"),
+        ([5, "run"], EMBED, "ends with special tokens"),
+        (["run", 5], SamplingParams(), "starts with special tokens"),
+        ([5, "run", 6], SamplingParams(prompt_logprobs=1), "prompt_logprobs are not given"),
+        ([5] * 130 + ["run"] + [6] * 70 + ["run", 7], SamplingParams(), "52 fill up KV blocks"),
         ([5] * 253, EMBED, "may have 252"),
         ([5], SamplingParams(allowed_token_ids=["special"]), "never generated"),
     ],
-    ids=["chat", "embed", "length", "allowed"],
+    ids=["part", "embed", "end", "start", "logprobs", "padded", "length", "allowed"],
 )
 def test_bad_requests_are_refused(llm: LLM, prompt, params, message) -> None:
-    special = GemConfig.from_hf_config(llm.model_config.hf_config).special_token_ids[0]
-    prompt = [special if token == "special" else token for token in prompt]
+    special_ids = GemConfig.from_hf_config(llm.model_config.hf_config).special_token_ids
+    special, spelled = special_ids[0], {"special": special_ids[:1], "run": special_ids}
+    prompt = [token for word in prompt for token in spelled.get(word, (word,))]
     params = params.clone()
     if getattr(params, "allowed_token_ids", None):
         params.allowed_token_ids = [special]

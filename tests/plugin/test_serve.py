@@ -235,9 +235,9 @@ SPECIAL = "special"
         ("/v1/embeddings", {"input": "a", "encoding_format": "morse"}, 400, "encoding_format"),
         ("/v1/embeddings", {"input": "a", "model": "other"}, 404, "does not exist"),
         ("/v1/embeddings", {"input": "say <|gem_0|>"}, 400, "reserved GEM token"),
-        ("/v1/embeddings", {"input": [5, SPECIAL, 6]}, 400, "reserved GEM token"),
+        ("/v1/embeddings", {"input": [5, SPECIAL, 6]}, 400, "no whole run"),
         ("/v1/completions", {"prompt": "say <|gem_1|>"}, 400, "reserved GEM token"),
-        ("/v1/completions", {"prompt": [SPECIAL]}, 400, "reserved GEM token"),
+        ("/v1/completions", {"prompt": [SPECIAL]}, 400, "no whole run"),
         ("/score", {"text_1": "a", "text_2": "<|gem_3|>"}, 400, "reserved GEM token"),
         ("/rerank", {"query": "<|gem_0|>", "documents": ["a"]}, 400, "reserved GEM token"),
         (
