@@ -5,6 +5,7 @@
 | `models` | `Gem<Base>ForCausalLM`, made from vLLM's own classes | `ModelRegistry.register_model` |
 | `config` | one-engine settings for a GEM checkpoint | patch `config-hook` |
 | `scheduler` | special tokens behind the prompt, step counts | `scheduler_config.scheduler_cls` |
+| `compress` | chat messages that are read through special tokens | `RENDERER_REGISTRY` |
 | `worker`, `runner` | embedding requests in generating batches | `parallel_config.worker_cls` |
 | `attention` | the GEM mask in paged attention | `register_backend` |
 | `lora` | the adapter at special positions | the linear layers' `quant_method` |
@@ -29,9 +30,12 @@ def register() -> None:
     check_vllm_version()
 
     from vllm import ModelRegistry
+    from vllm.renderers.registry import RENDERER_REGISTRY
 
     supported = ModelRegistry.get_supported_archs()
     for architecture in SUPPORTED_ARCHITECTURES.values():
         if architecture not in supported:
             ModelRegistry.register_model(architecture, f"gem_vllm.plugin.models:{architecture}")
+    # Not `register`, which warns of what it replaces, in every process.
+    RENDERER_REGISTRY.renderers["hf"] = ("gem_vllm.plugin.compress", "GemHfRenderer")
     patches.apply_all()

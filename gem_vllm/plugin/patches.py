@@ -139,6 +139,27 @@ def _patch_reserved_token_ids() -> None:
     InputProcessor.process_inputs = process_inputs
 
 
+def _patch_compressed_completions() -> None:
+    from vllm.renderers.online_renderer import OnlineRenderer
+
+    from gem_vllm.plugin.compress import compress_prompt, wants_compression
+
+    original = OnlineRenderer.preprocess_completion
+    _expect_parameters(original, "compressed-completions", "request", "prompt_input")
+
+    @functools.wraps(original)
+    async def preprocess_completion(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        compress = wants_compression(request.model_extra or {}, self.model_config)
+        engine_inputs = await original(self, request, *args, **kwargs)
+        if compress:
+            gem_config = GemConfig.from_hf_config(self.model_config.hf_config)
+            for engine_input in engine_inputs:
+                compress_prompt(engine_input, gem_config)
+        return engine_inputs
+
+    OnlineRenderer.preprocess_completion = preprocess_completion
+
+
 def _is_from_text(prompt: Any) -> bool:
     """Whether a prompt, as `InputProcessor.process_inputs` gets it, is not token ids alone."""
     return isinstance(prompt, str) or (
@@ -199,6 +220,7 @@ def check_request(
 
 def _check_runs(request: Any, gem_config: GemConfig, from_text: bool) -> None:
     from vllm.exceptions import VLLMValidationError
+    from vllm.platforms import current_platform
 
     prompt, special_ids = request.prompt_token_ids, gem_config.special_token_ids
     if from_text:
@@ -211,6 +233,11 @@ def _check_runs(request: Any, gem_config: GemConfig, from_text: bool) -> None:
             f"The prompt's text spells the reserved GEM token "
             f"{special_token(special_ids.index(token_id))} (token {position}). Take it out. (The "
             "server adds these tokens to embedding requests itself.)"
+        )
+    if not current_platform.is_cpu():
+        raise VLLMValidationError(
+            "Special tokens inside a prompt are served on the CPU build only, for now. Send the text "
+            "as it is."
         )
     try:
         check_runs(prompt, special_ids)
@@ -261,6 +288,14 @@ LEDGER = (
         "whole runs.",
         needless_when="a model can register a validator of engine inputs.",
         apply=_patch_reserved_token_ids,
+    ),
+    Patch(
+        name="compressed-completions",
+        target="vllm.renderers.online_renderer.OnlineRenderer.preprocess_completion",
+        why="A completion request may ask for its prompt to be read through special tokens; the "
+        "renderer, which can be replaced, is not shown the request.",
+        needless_when="renderers are given a request's own fields with its prompts.",
+        apply=_patch_compressed_completions,
     ),
 )
 

@@ -11,6 +11,7 @@ from vllm.entrypoints.pooling.base.io_processor import PoolingIOProcessor
 from vllm.entrypoints.pooling.offline import PoolingOfflineMixin
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 from vllm.plugins import load_general_plugins
+from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.v1.engine.input_processor import InputProcessor
 
 from gem_vllm import compat
@@ -19,7 +20,13 @@ from gem_vllm.errors import GemError
 from gem_vllm.plugin import patches, register
 from gem_vllm.plugin.config import GemModelConfig
 
-NAMES = {"config-hook", "offline-pooling", "embedding-inputs", "reserved-token-ids"}
+NAMES = {
+    "config-hook",
+    "offline-pooling",
+    "embedding-inputs",
+    "reserved-token-ids",
+    "compressed-completions",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +55,7 @@ def test_config_hook_is_in_place() -> None:
         (PoolingOfflineMixin, "__init__"),
         (PoolingIOProcessor, "render"),
         (InputProcessor, "process_inputs"),
+        (OnlineRenderer, "preprocess_completion"),
     ],
 )
 def test_function_is_wrapped_once(owner: type, attribute: str) -> None:
@@ -63,6 +71,7 @@ def test_function_is_wrapped_once(owner: type, attribute: str) -> None:
         (InputProcessor, "process_inputs", "_patch_reserved_token_ids"),
         (PoolingIOProcessor, "render", "_patch_embedding_inputs"),
         (PoolingOfflineMixin, "_verify_pooling_task", "_patch_offline_pooling"),
+        (OnlineRenderer, "preprocess_completion", "_patch_compressed_completions"),
     ],
 )
 def test_a_moved_vllm_is_named(

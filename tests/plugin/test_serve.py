@@ -220,6 +220,42 @@ def test_both_tasks_at_the_same_time(server: Server) -> None:
 SPECIAL = "special"
 
 
+def test_compressed_context(server: Server) -> None:
+    """A completion decodes from special tokens alone; a chat message is read through them."""
+    text, tokenizer = TEXTS[0] * 6, server.reference.tokenizer
+    options: dict[str, Any] = {
+        "temperature": 0,
+        "max_tokens": 8,
+        "extra_body": {"ignore_eos": True},
+    }
+    expected = server.reference.decode_from_special_tokens(tokenizer(text).input_ids, 8)
+    compress = {"gem": {"compress": True}}
+    answer = server.client.completions.create(
+        model="gem", prompt=text, **{**options, "extra_body": {"ignore_eos": True, **compress}}
+    )
+    assert answer.choices[0].text == tokenizer.decode(expected, skip_special_tokens=True)
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == len(tokenizer(text).input_ids) + K
+
+    run = "".join(f"<|gem_{i}|>" for i in range(K))
+    question = {"role": "user", "content": "What is lent?"}
+    messages: list[Any] = [{"role": "user", "content": text, **compress}, question]
+    spelled = tokenizer.apply_chat_template(
+        [{"role": "user", "content": text + run}, question],
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+    ids = tokenizer(spelled, add_special_tokens=False).input_ids
+    chat = server.client.chat.completions.create(model="gem", messages=messages, **options)
+    assert chat.choices[0].message.content == tokenizer.decode(
+        server.reference.generate(ids, 8), skip_special_tokens=True
+    )
+    whole = server.client.chat.completions.create(
+        model="gem", messages=[{"role": "user", "content": text}, question], **options
+    )
+    assert whole.choices[0].message.content != chat.choices[0].message.content
+
+
 @pytest.mark.parametrize(
     ("route", "body", "status", "message"),
     [
@@ -246,6 +282,14 @@ SPECIAL = "special"
             400,
             "reserved GEM token",
         ),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": "a", "gem": {"compress": "yes"}}]},
+            400,
+            "is true or false",
+        ),
+        ("/v1/completions", {"prompt": "a", "gem": {"compress": "yes"}}, 400, "is true or false"),
+        ("/v1/completions", {"prompt": "<|gem_0|>", "gem": {"compress": True}}, 400, "reserved"),
     ],
 )
 def test_bad_requests(
