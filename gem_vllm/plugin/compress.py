@@ -17,36 +17,11 @@ from typing import Any
 from vllm.exceptions import VLLMValidationError
 from vllm.renderers.hf import HfRenderer
 
-from gem_vllm.config import SUPPORTED_ARCHITECTURES, GemConfig, special_token
+from gem_vllm.config import GemConfig, special_token
+from gem_vllm.plugin.request_options import OPTION, asked_for
 
-OPTION = "gem"
 # In a prompt, between rendering and its token ids: how many runs were put in.
 _RUNS = "_gem_runs"
-
-
-def wants_compression(holder: Mapping[str, Any], model_config: Any) -> bool:
-    """Whether a message's or a request's own keys ask for it.
-
-    Raises:
-        VLLMValidationError: the option is not ``{"compress": true}`` or ``false``, or the model has
-            no special tokens.
-    """
-    option = holder.get(OPTION)
-    if option is None:
-        return False
-    if not isinstance(option, Mapping) or option.keys() - {"compress"}:
-        raise VLLMValidationError(
-            f'"{OPTION}" is {option!r}; it takes {{"compress": true}} and nothing else.'
-        )
-    compress = option.get("compress", False)
-    if not isinstance(compress, bool):
-        raise VLLMValidationError(f'"compress" is {compress!r}; it is true or false.')
-    if compress and model_config.architecture not in SUPPORTED_ARCHITECTURES.values():
-        raise VLLMValidationError(
-            f"{model_config.model} has no GEM special tokens and cannot compress context. "
-            "Serve a GEM checkpoint."
-        )
-    return compress
 
 
 def compress_prompt(engine_input: Any, gem_config: GemConfig) -> None:
@@ -84,7 +59,7 @@ class GemHfRenderer(HfRenderer):
     def _with_runs(self, messages: Sequence[Any]) -> tuple[Sequence[Any], int]:
         """The messages with runs at the ends of those that ask for one, and how many do."""
         marked = [
-            isinstance(message, Mapping) and wants_compression(message, self.model_config)
+            isinstance(message, Mapping) and bool(asked_for(message, self.model_config, "compress"))
             for message in messages
         ]
         if not any(marked):

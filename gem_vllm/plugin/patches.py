@@ -142,22 +142,66 @@ def _patch_reserved_token_ids() -> None:
 def _patch_compressed_completions() -> None:
     from vllm.renderers.online_renderer import OnlineRenderer
 
-    from gem_vllm.plugin.compress import compress_prompt, wants_compression
+    from gem_vllm.plugin.compress import compress_prompt
+    from gem_vllm.plugin.request_options import asked_for
 
     original = OnlineRenderer.preprocess_completion
     _expect_parameters(original, "compressed-completions", "request", "prompt_input")
 
     @functools.wraps(original)
     async def preprocess_completion(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        compress = wants_compression(request.model_extra or {}, self.model_config)
+        asked = asked_for(request.model_extra or {}, self.model_config, "compress", "embed")
         engine_inputs = await original(self, request, *args, **kwargs)
-        if compress:
+        if "compress" in asked:
             gem_config = GemConfig.from_hf_config(self.model_config.hf_config)
             for engine_input in engine_inputs:
                 compress_prompt(engine_input, gem_config)
         return engine_inputs
 
     OnlineRenderer.preprocess_completion = preprocess_completion
+
+
+def _patch_embedding_with_answer() -> None:
+    from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+    from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+    from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+
+    from gem_vllm.plugin.prompt_embedding import answer_with_embeddings
+    from gem_vllm.plugin.request_options import asked_for
+
+    def wrapped(original: Callable[..., Any], render: str, *allowed: str) -> Callable[..., Any]:
+        _expect_parameters(original, "embedding-with-answer", "request", "raw_request")
+
+        @functools.wraps(original)
+        async def create(self: Any, request: Any, raw_request: Any = None) -> Any:
+            asked = asked_for(request.model_extra or {}, self.model_config, *allowed)
+            if "embed" not in asked:
+                return await original(self, request, raw_request)
+            rendered = await getattr(self, render)(request.model_copy())
+            if isinstance(rendered, ErrorResponse):
+                return rendered
+            return await answer_with_embeddings(
+                self,
+                rendered[1] if isinstance(rendered, tuple) else rendered,
+                request,
+                lambda: original(self, request, raw_request),
+            )
+
+        return create
+
+    for owner, create, render, allowed in (
+        (OpenAIServingChat, "create_chat_completion", "render_chat_request", ("embed",)),
+        (
+            OpenAIServingCompletion,
+            "create_completion",
+            "render_completion_request",
+            ("compress", "embed"),
+        ),
+    ):
+        _expect(
+            hasattr(owner, render), "embedding-with-answer", f"{owner.__name__} has no {render}"
+        )
+        setattr(owner, create, wrapped(getattr(owner, create), render, *allowed))
 
 
 def _is_from_text(prompt: Any) -> bool:
@@ -236,8 +280,8 @@ def _check_runs(request: Any, gem_config: GemConfig, from_text: bool) -> None:
         )
     if not current_platform.is_cpu():
         raise VLLMValidationError(
-            "Special tokens inside a prompt are served on the CPU build only, for now. Send the text "
-            "as it is."
+            "Special tokens inside a prompt are served on the CPU build only, for now. Send the "
+            "text as it is."
         )
     try:
         check_runs(prompt, special_ids)
@@ -296,6 +340,15 @@ LEDGER = (
         "renderer, which can be replaced, is not shown the request.",
         needless_when="renderers are given a request's own fields with its prompts.",
         apply=_patch_compressed_completions,
+    ),
+    Patch(
+        name="embedding-with-answer",
+        target="vllm.entrypoints.openai.chat_completion.serving.OpenAIServingChat"
+        ".create_chat_completion and its like for completions",
+        why="A chat or completion request may ask for its prompt's embedding beside the answer, "
+        "which has a field of its own for it.",
+        needless_when="a plugin can add fields to the answers of the OpenAI routes.",
+        apply=_patch_embedding_with_answer,
     ),
 )
 

@@ -7,6 +7,8 @@ import re
 from typing import Any
 
 import pytest
+from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.pooling.base.io_processor import PoolingIOProcessor
 from vllm.entrypoints.pooling.offline import PoolingOfflineMixin
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP
@@ -26,6 +28,7 @@ NAMES = {
     "embedding-inputs",
     "reserved-token-ids",
     "compressed-completions",
+    "embedding-with-answer",
 }
 
 
@@ -56,6 +59,8 @@ def test_config_hook_is_in_place() -> None:
         (PoolingIOProcessor, "render"),
         (InputProcessor, "process_inputs"),
         (OnlineRenderer, "preprocess_completion"),
+        (OpenAIServingChat, "create_chat_completion"),
+        (OpenAIServingCompletion, "create_completion"),
     ],
 )
 def test_function_is_wrapped_once(owner: type, attribute: str) -> None:
@@ -72,6 +77,8 @@ def test_function_is_wrapped_once(owner: type, attribute: str) -> None:
         (PoolingIOProcessor, "render", "_patch_embedding_inputs"),
         (PoolingOfflineMixin, "_verify_pooling_task", "_patch_offline_pooling"),
         (OnlineRenderer, "preprocess_completion", "_patch_compressed_completions"),
+        (OpenAIServingChat, "create_chat_completion", "_patch_embedding_with_answer"),
+        (OpenAIServingCompletion, "create_completion", "_patch_embedding_with_answer"),
     ],
 )
 def test_a_moved_vllm_is_named(

@@ -256,6 +256,83 @@ def test_compressed_context(server: Server) -> None:
     assert whole.choices[0].message.content != chat.choices[0].message.content
 
 
+def cached_tokens(server: Server) -> float:
+    """Prompt tokens that came from the prefix cache, by vLLM's own counter."""
+    for line in httpx.get(f"{server.url}/metrics", timeout=30).text.splitlines():
+        if line.startswith("vllm:prefix_cache_hits_total"):
+            return float(line.rpartition(" ")[2])
+    pytest.fail("/metrics has no vllm:prefix_cache_hits_total")
+
+
+def test_one_prefix_cache_for_both_tasks(server: Server) -> None:
+    """Embed and then ask, ask and then embed, embed under a shared instruction: hits, and exact."""
+    tokenizer, reference = server.reference.tokenizer, server.reference
+    question, block = " What is lent to whom?", 32
+
+    def complete(prompt: str) -> str:
+        answer = server.post(
+            "/v1/completions", prompt=prompt, max_tokens=8, temperature=0, ignore_eos=True
+        )
+        assert answer.status_code == 200, answer.text
+        return answer.json()["choices"][0]["text"]
+
+    def embed(text: str) -> str:
+        expected = reference.embed([text])
+        assert cosines(torch.tensor(server.embed([text])), expected) >= 0.9999
+        return ""
+
+    for document, first, second, more in (
+        ("Maps of the north. " * 9, embed, complete, question),
+        ("Maps of the south. " * 9, complete, embed, ""),
+        ("Instruct: find maps of the same region. " * 4, embed, embed, "Maps of the west."),
+    ):
+        shared = len(tokenizer(document).input_ids) // block * block
+        assert shared >= block
+        first(document)
+        before = cached_tokens(server)
+        answer = second(document + more)
+        # The last token of a text may differ from that of the text with more behind it.
+        assert cached_tokens(server) - before >= shared - block
+        if answer:
+            ids = tokenizer(document + more).input_ids
+            assert answer == tokenizer.decode(reference.generate(ids, 8), skip_special_tokens=True)
+
+
+def test_an_answer_with_its_prompts_embedding(server: Server) -> None:
+    """Whole and streamed, of chats and completions; the prompt is computed once for both."""
+    tokenizer, reference = server.reference.tokenizer, server.reference
+    embed = {"gem": {"embed": True}, "ignore_eos": True}
+    messages: list[Any] = [{"role": "user", "content": f"{text} Why? "} for text in TEXTS * 4]
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(prompt, add_special_tokens=False).input_ids
+    expected = reference.embed([ids])
+    before = cached_tokens(server)
+    options: dict[str, Any] = {"model": "gem", "temperature": 0, "max_tokens": 8}
+    chats = server.client.chat.completions
+    chat = chats.create(messages=messages, **options, extra_body=embed)
+    assert cached_tokens(server) - before >= len(ids) // 32 * 32
+    plain = chats.create(messages=messages, **options, extra_body={"ignore_eos": True})
+    assert chat.choices[0].message.content == plain.choices[0].message.content
+    assert chat.usage == plain.usage
+    assert chat.model_extra is not None
+    assert cosines(torch.tensor(chat.model_extra["gem"]["embeddings"]), expected) >= 0.9999
+    assert "gem" not in (plain.model_extra or {})
+
+    chunks = [*chats.create(messages=messages, **options, extra_body=embed, stream=True)]
+    *answer, last = chunks
+    assert "".join(c.choices[0].delta.content or "" for c in answer) == (
+        plain.choices[0].message.content
+    )
+    assert last.id == answer[0].id
+    assert last.model_extra is not None
+    assert cosines(torch.tensor(last.model_extra["gem"]["embeddings"]), expected) >= 0.9999
+
+    several = server.client.completions.create(prompt=TEXTS, **options, extra_body=embed)
+    assert several.model_extra is not None
+    found = torch.tensor(several.model_extra["gem"]["embeddings"])
+    assert cosines(found, reference.embed(TEXTS)).min() >= 0.9999
+
+
 @pytest.mark.parametrize(
     ("route", "body", "status", "message"),
     [
@@ -289,6 +366,20 @@ def test_compressed_context(server: Server) -> None:
             "is true or false",
         ),
         ("/v1/completions", {"prompt": "a", "gem": {"compress": "yes"}}, 400, "is true or false"),
+        ("/v1/completions", {"prompt": "a", "gem": {"embeds": True}}, 400, "takes compress, embed"),
+        ("/v1/completions", {"prompt": [7] * 254, "gem": {"embed": True}}, 400, "may have 252"),
+        (
+            "/v1/completions",
+            {"prompt": "a", "gem": {"embed": True, "compress": True}},
+            400,
+            "does not go with",
+        ),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": "a"}], "gem": {"compress": True}},
+            400,
+            "takes embed",
+        ),
         ("/v1/completions", {"prompt": "<|gem_0|>", "gem": {"compress": True}}, 400, "reserved"),
     ],
 )

@@ -1,0 +1,43 @@
+"""``"gem": {...}`` in requests: what a client may ask of special tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vllm.exceptions import VLLMValidationError
+
+from gem_vllm.config import SUPPORTED_ARCHITECTURES
+
+OPTION = "gem"
+
+
+def asked_for(holder: Mapping[str, Any], model_config: Any, *allowed: str) -> frozenset[str]:
+    """Which of the allowed options are true in a request, or in a message of one.
+
+    Args:
+        holder: its fields.
+        model_config: vLLM's, of the served model.
+        allowed: names of options.
+
+    Raises:
+        VLLMValidationError: another option or value, or the model has no special tokens; answered
+            with 400 over HTTP.
+    """
+    options = holder.get(OPTION)
+    if options is None:
+        return frozenset()
+    if not isinstance(options, Mapping) or options.keys() - set(allowed):
+        raise VLLMValidationError(
+            f'"{OPTION}" is {options!r} here; it takes {", ".join(allowed)}, each true or false.'
+        )
+    for name, value in options.items():
+        if not isinstance(value, bool):
+            raise VLLMValidationError(f'"{name}" in "{OPTION}" is {value!r}; it is true or false.')
+    wanted = frozenset(name for name, value in options.items() if value)
+    if wanted and model_config.architecture not in SUPPORTED_ARCHITECTURES.values():
+        raise VLLMValidationError(
+            f'{model_config.model} has no GEM special tokens, so there is no "{OPTION}" for it. '
+            "Serve a GEM checkpoint."
+        )
+    return wanted
