@@ -93,6 +93,23 @@ class ReferenceEmbedder:
         return self.model.base_model(**inputs, use_cache=False).last_hidden_state[0]
 
     @torch.inference_mode()
+    def logits(self, token_ids: Sequence[int] | Tensor) -> Tensor:
+        """Logits of the token that follows each position, under the GEM mask.
+
+        Args:
+            token_ids: [T], with runs of special tokens anywhere, or none.
+
+        Returns:
+            float32 [T, vocab]; -inf for the special tokens, which are never generated.
+
+        Raises:
+            GemError: there are no ids, or one is outside the vocabulary.
+        """
+        logits = self.model(**self._inputs(self._checked(token_ids))).logits[0].float()
+        logits[:, self._special_ids] = -torch.inf
+        return logits
+
+    @torch.inference_mode()
     def generate(self, prompt_ids: Sequence[int], max_new_tokens: int) -> list[int]:
         """Greedy decoding under the GEM mask; special tokens have logits of -inf.
 

@@ -33,11 +33,12 @@ class GemCausalLM(_Base):
         logits_rows: int64 [n] rows whose logits the next `compute_logits` call needs, all others
             belong to embedding requests; None for every row. The runner sets it for each step,
             `compute_logits` uses it once.
-        last_mlp: the last layer's MLP, of which the runner says which rows are read.
+        last_mlp: the last layer's MLP, of which the runner says which rows are read; None where
+            ordinary LoRAs are served.
     """
 
     logits_rows: torch.Tensor | None = None
-    last_mlp: LastLayerMLP
+    last_mlp: LastLayerMLP | None = None
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         register_attention()
@@ -51,7 +52,9 @@ class GemCausalLM(_Base):
             model = self._vllm_config.model_config
             folder = _adapter_folder(model.model, model.revision)
             attach_adapter(self, self._vllm_config, folder)
-        self.last_mlp = wrap_last_mlp(self, self._vllm_config)
+        if self._vllm_config.lora_config is None:
+            # An ordinary LoRA knows its layers by name, and its rows by those of the whole step.
+            self.last_mlp = wrap_last_mlp(self, self._vllm_config)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Logits with the special tokens at -inf: no sampling mode can emit them.

@@ -204,6 +204,32 @@ def _patch_embedding_with_answer() -> None:
         setattr(owner, create, wrapped(getattr(owner, create), render, *allowed))
 
 
+def _patch_rows_without_lora() -> None:
+    from vllm.lora.ops.torch_ops import lora_ops
+    from vllm.lora.punica_wrapper import punica_cpu
+
+    original = lora_ops.bgmv_shrink
+    _expect_parameters(original, "rows-without-lora", "output_tensor", "lora_indices_tensor")
+    _expect(
+        punica_cpu.bgmv_shrink is original,
+        "rows-without-lora",
+        "the CPU's LoRA layers use another bgmv_shrink",
+    )
+
+    @functools.wraps(original)
+    def bgmv_shrink(
+        inputs: Any,
+        lora_b_weights: Any,
+        output_tensor: Any,
+        lora_indices_tensor: Any,
+        scaling: float = 1.0,
+    ) -> None:
+        original(inputs, lora_b_weights, output_tensor, lora_indices_tensor, scaling)
+        output_tensor[lora_indices_tensor < 0] = 0
+
+    lora_ops.bgmv_shrink = punica_cpu.bgmv_shrink = bgmv_shrink
+
+
 def _is_from_text(prompt: Any) -> bool:
     """Whether a prompt, as `InputProcessor.process_inputs` gets it, is not token ids alone."""
     return isinstance(prompt, str) or (
@@ -349,6 +375,15 @@ LEDGER = (
         "which has a field of its own for it.",
         needless_when="a plugin can add fields to the answers of the OpenAI routes.",
         apply=_patch_embedding_with_answer,
+    ),
+    Patch(
+        name="rows-without-lora",
+        target="vllm.lora.ops.torch_ops.lora_ops.bgmv_shrink",
+        why="On a CPU the rows of requests without a LoRA, whose index is -1, get that of the last "
+        "slot, as -1 is an index for torch: beside a chat with a LoRA embeddings come out wrong.",
+        needless_when="vLLM's LoRA operations in torch leave rows of index -1 out, as its kernels "
+        "for GPUs do.",
+        apply=_patch_rows_without_lora,
     ),
 )
 

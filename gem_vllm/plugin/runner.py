@@ -77,7 +77,8 @@ class GemModelRunner(_Runner):
             return with_room(super().execute_model, *args, **kwargs)
         finally:
             gem_step.publish(None)
-            self.model.last_mlp.read_rows = None
+            if self.model.last_mlp is not None:
+                self.model.last_mlp.read_rows = None
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
         for request_id in scheduler_output.finished_req_ids:
@@ -106,8 +107,9 @@ class GemModelRunner(_Runner):
         if embedding:
             unfinished[embedding] = True
             self.discard_request_mask.copy_to_gpu(batch.num_reqs)
-            generating = np.setdiff1d(np.arange(batch.num_reqs), embedding)
-            self.model.logits_rows = torch.from_numpy(generating).to(self.device)
+            if self.lora_config is None:  # a LoRA counts on the rows of all requests
+                generating = np.setdiff1d(np.arange(batch.num_reqs), embedding)
+                self.model.logits_rows = torch.from_numpy(generating).to(self.device)
         self._gem_step = gem_step.GemStep.of_batch(
             {
                 i: self._runs[req_id]
@@ -121,9 +123,10 @@ class GemModelRunner(_Runner):
         )
         gem_step.publish(self._gem_step)
         self._leave_padding_out_of_positions(scheduler_output.total_num_scheduled_tokens)
-        self.model.last_mlp.read_rows = self._read_rows(
-            prepared[0], scheduler_output.total_num_scheduled_tokens
-        )
+        if self.model.last_mlp is not None:
+            self.model.last_mlp.read_rows = self._read_rows(
+                prepared[0], scheduler_output.total_num_scheduled_tokens
+            )
         return prepared
 
     def _leave_padding_out_of_positions(self, num_tokens: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 import re
 from typing import Any
 
@@ -11,6 +11,8 @@ from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.pooling.base.io_processor import PoolingIOProcessor
 from vllm.entrypoints.pooling.offline import PoolingOfflineMixin
+from vllm.lora.ops.torch_ops import lora_ops
+from vllm.lora.punica_wrapper import punica_cpu
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 from vllm.plugins import load_general_plugins
 from vllm.renderers.online_renderer import OnlineRenderer
@@ -29,6 +31,7 @@ NAMES = {
     "reserved-token-ids",
     "compressed-completions",
     "embedding-with-answer",
+    "rows-without-lora",
 }
 
 
@@ -42,9 +45,7 @@ def test_every_patch_is_listed_and_argued() -> None:
     for patch in patches.LEDGER:
         assert len(patch.why) > 40, patch.name
         assert len(patch.needless_when) > 20, patch.name
-        module, _, _ = patch.target.partition(".PoolingOfflineMixin")
-        module = re.sub(r"\.[A-Z].*$", "", module)
-        importlib.import_module(module)
+        assert pkgutil.resolve_name(patch.target.split()[0]) is not None
 
 
 def test_config_hook_is_in_place() -> None:
@@ -61,6 +62,8 @@ def test_config_hook_is_in_place() -> None:
         (OnlineRenderer, "preprocess_completion"),
         (OpenAIServingChat, "create_chat_completion"),
         (OpenAIServingCompletion, "create_completion"),
+        (lora_ops, "bgmv_shrink"),
+        (punica_cpu, "bgmv_shrink"),
     ],
 )
 def test_function_is_wrapped_once(owner: type, attribute: str) -> None:
@@ -79,6 +82,7 @@ def test_function_is_wrapped_once(owner: type, attribute: str) -> None:
         (OnlineRenderer, "preprocess_completion", "_patch_compressed_completions"),
         (OpenAIServingChat, "create_chat_completion", "_patch_embedding_with_answer"),
         (OpenAIServingCompletion, "create_completion", "_patch_embedding_with_answer"),
+        (lora_ops, "bgmv_shrink", "_patch_rows_without_lora"),
     ],
 )
 def test_a_moved_vllm_is_named(
