@@ -6,8 +6,10 @@
 | `config` | one-engine settings for a GEM checkpoint | patch `config-hook` |
 | `scheduler` | special tokens behind the prompt, step counts | `scheduler_config.scheduler_cls` |
 | `compress` | chat messages that are read through special tokens | `RENDERER_REGISTRY` |
+| `prompt_embedding` | a prompt's embedding with its answer | patch `embedding-with-answer` |
+| `validation` | refusal of bad requests | patch `reserved-token-ids` |
 | `worker`, `runner` | embedding requests in generating batches | `parallel_config.worker_cls` |
-| `attention` | the GEM mask in paged attention | `register_backend` |
+| `runs`, `attention` | the GEM mask in paged attention | `register_backend` |
 | `lora` | the adapter at special positions | the linear layers' `quant_method` |
 | `pooler` | special tokens' hidden states to an embedding | called by `runner` |
 | `metrics` | Prometheus counter of step kinds | `vllm.stat_logger_plugins` |

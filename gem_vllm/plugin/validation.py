@@ -1,0 +1,109 @@
+"""What a request is refused for, before the engine sees it; answered with 400 over HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vllm.exceptions import VLLMValidationError
+from vllm.platforms import current_platform
+
+from gem_vllm.config import GemConfig, special_token
+from gem_vllm.errors import GemError
+from gem_vllm.plugin.runs import check_runs, pad_runs
+
+
+def refuse_empty_text(prompt: Any) -> None:
+    """Refuse a text of no characters, of which a tokenizer that adds BOS makes a prompt."""
+    text = prompt.get("prompt") if isinstance(prompt, dict) else prompt
+    if text == "":
+        raise VLLMValidationError("The input is empty. Send at least one character to embed.")
+
+
+def is_from_text(prompt: Any) -> bool:
+    """Whether a prompt, as `InputProcessor.process_inputs` gets it, is not token ids alone."""
+    return isinstance(prompt, str) or (
+        isinstance(prompt, Mapping) and prompt.get("prompt") is not None
+    )
+
+
+def check_request(
+    request: Any, gem_config: GemConfig, max_model_len: int, *, block_size: int, from_text: bool
+) -> None:
+    """Refuse what would give special tokens a meaning that they do not have.
+
+    Whole runs in a prompt of token ids are taken: what is behind one reads what is before it
+    through its special tokens. Text is not: whoever wrote a text that is quoted in a prompt could
+    hide with a run whatever is before.
+
+    Args:
+        request: vLLM's `EngineCoreRequest`.
+        gem_config: of the served checkpoint.
+        max_model_len: the engine's limit, in tokens.
+        block_size: of the KV cache.
+        from_text: whether the prompt is a text that was tokenized.
+
+    Raises:
+        VLLMValidationError: answered with 400 over HTTP.
+    """
+    special = set(gem_config.special_token_ids)
+    prompt = request.prompt_token_ids or []
+    length = len(prompt)
+    if not special.isdisjoint(prompt):
+        _check_runs(request, gem_config, from_text)
+        length = len(pad_runs(prompt, gem_config.special_token_ids, block_size))
+    appended = len(gem_config.appended_ids)
+    if request.pooling_params is not None and length + appended > max_model_len:
+        raise VLLMValidationError(
+            f"The prompt has {length} tokens; an embedding request may have "
+            f"{max_model_len - appended}, the context of {max_model_len} less "
+            f"{appended} for the GEM special tokens. Shorten the input or set "
+            "truncate_prompt_tokens."
+        )
+    params = request.sampling_params
+    if params is not None and length > len(prompt) and length >= max_model_len:
+        raise VLLMValidationError(
+            f"The prompt has {length} tokens, of which {length - len(prompt)} fill up KV blocks "
+            f"before its special tokens; the context is {max_model_len}. Shorten the prompt."
+        )
+    if (
+        params is not None
+        and params.allowed_token_ids
+        and special.issuperset(params.allowed_token_ids)
+    ):
+        raise VLLMValidationError(
+            "allowed_token_ids names GEM special tokens only, which are never generated."
+        )
+
+
+def _check_runs(request: Any, gem_config: GemConfig, from_text: bool) -> None:
+    prompt, special_ids = request.prompt_token_ids, gem_config.special_token_ids
+    if from_text:
+        position, token_id = next(
+            (position, token_id)
+            for position, token_id in enumerate(prompt)
+            if token_id in special_ids
+        )
+        raise VLLMValidationError(
+            f"The prompt's text spells the reserved GEM token "
+            f"{special_token(special_ids.index(token_id))} (token {position}). Take it out. (The "
+            "server adds these tokens to embedding requests itself.)"
+        )
+    if not current_platform.is_cpu():
+        raise VLLMValidationError(
+            "Special tokens inside a prompt are served on the CPU build only, for now. Send the "
+            "text as it is."
+        )
+    try:
+        check_runs(prompt, special_ids)
+    except GemError as error:
+        raise VLLMValidationError(f"{error}.") from error
+    if request.sampling_params is not None and request.sampling_params.prompt_logprobs is not None:
+        raise VLLMValidationError(
+            "prompt_logprobs are not given for a prompt with special tokens. Leave them unset."
+        )
+    if request.pooling_params is not None and prompt[-1] in special_ids:
+        raise VLLMValidationError(
+            "The prompt ends with special tokens; the server adds those that an embedding is made "
+            "of itself. Take them out."
+        )
