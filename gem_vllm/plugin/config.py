@@ -19,6 +19,8 @@ WORKER = "gem_vllm.plugin.worker.GemWorker"
 SCHEDULER = "gem_vllm.plugin.scheduler.GemScheduler"
 CPU_KV_CACHE_BYTES = 4 << 30
 CPU_BLOCK_SIZE = 32
+# In vLLM's --additional-config; see `GemScheduler`.
+TOKENS_BESIDE_CHAT = "gem_tokens_beside_chat"
 
 
 class GemModelConfig(VerifyAndUpdateConfig):
@@ -70,6 +72,12 @@ def _refuse_unsupported(vllm_config: VllmConfig, gem_config: GemConfig) -> None:
         raise ValueError(
             "Pipeline parallelism is not supported with a GEM checkpoint. "
             "Use --tensor-parallel-size."
+        )
+    beside = vllm_config.additional_config.get(TOKENS_BESIDE_CHAT)
+    if beside is not None and (type(beside) is not int or beside < 1):
+        raise ValueError(
+            f"{TOKENS_BESIDE_CHAT} in --additional-config is {beside!r}; give the number of prompt "
+            "tokens, 1 or more, that a step may have beside requests that are being answered."
         )
     if model_config.enable_prompt_embeds:
         raise ValueError(

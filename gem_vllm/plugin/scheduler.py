@@ -17,6 +17,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request
 
 from gem_vllm.config import GemConfig
+from gem_vllm.plugin.config import TOKENS_BESIDE_CHAT
 from gem_vllm.plugin.metrics import attach_step_counts
 from gem_vllm.plugin.runs import Run, find_runs, pad_runs
 
@@ -28,6 +29,10 @@ class GemScheduler(AsyncScheduler):
         super().__init__(*args, **kwargs)
         self.gem_config = GemConfig.from_hf_config(self.vllm_config.model_config.hf_config)
         self._step_counts: Counter[str] = Counter()
+        self._tokens_beside_chat: int | None = self.vllm_config.additional_config.get(
+            TOKENS_BESIDE_CHAT
+        )
+        self._tokens_of_a_step = self.max_num_scheduled_tokens
         # Request id to the runs inside its prompt, for requests that have any.
         self._runs: dict[str, tuple[Run, ...]] = {}
 
@@ -47,6 +52,8 @@ class GemScheduler(AsyncScheduler):
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Schedule a step and count it as `embed`, `generate` or `mixed`."""
         self._free_what_runs_hide()
+        if self._tokens_beside_chat is not None:
+            self._leave_room_for_chat(self._tokens_beside_chat)
         output = super().schedule(*args, **kwargs)
         kinds = {
             self.requests[request_id].pooling_params is not None
@@ -57,6 +64,20 @@ class GemScheduler(AsyncScheduler):
                 "mixed" if len(kinds) == 2 else "embed" if True in kinds else "generate"
             ] += 1
         return output
+
+    def _leave_room_for_chat(self, tokens: int) -> None:
+        """Let a step with requests that are being answered have few other tokens.
+
+        How long such a step takes is how long each of those requests waits for its next token.
+
+        Args:
+            tokens: of prompts, to embed or to answer, that the step may have beside those.
+        """
+        waits = {request.request_id for request in self.running if not _is_prompt_left(request)}
+        # vLLM gives out a step's tokens in this order.
+        self.running.sort(key=lambda request: request.request_id not in waits)
+        budget = len(waits) + tokens if waits else self._tokens_of_a_step
+        self.max_num_scheduled_tokens = min(budget, self._tokens_of_a_step)
 
     def _free_what_runs_hide(self) -> None:
         """Give back the KV blocks before a run that is computed: nothing to come sees them.
@@ -82,6 +103,11 @@ class GemScheduler(AsyncScheduler):
             attach_step_counts(stats, self._step_counts)
             self._step_counts.clear()
         return stats
+
+
+def _is_prompt_left(request: Request) -> bool:
+    """Whether some of a request's prompt is still to be computed."""
+    return request.num_computed_tokens < request.num_prompt_tokens
 
 
 def pad_prompt(request: Request, special_ids: tuple[int, ...], block_size: int) -> None:

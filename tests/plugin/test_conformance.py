@@ -18,6 +18,7 @@ from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import StructuredOutputsParams
 
+from gem_vllm.plugin.scheduler import _is_prompt_left
 from gem_vllm.reference import ReferenceEmbedder
 from tests.plugin.conftest import (
     EMBED,
@@ -44,6 +45,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "synchronous scheduling": {"async_scheduling": False},
     "by priority": {"scheduling_policy": "priority", "num_gpu_blocks_override": 40},
     "one at a time": {"max_num_seqs": 1},
+    "few tokens beside chat": {"additional_config": {"gem_tokens_beside_chat": 24}},
     "LoRAs": {"enable_lora": True},
     "compiled": {"enforce_eager": False},
 }
@@ -80,6 +82,41 @@ def test_any_option(options: dict[str, Any], tiny_checkpoint: Callable[..., Path
     by_priority = options.get("scheduling_policy") == "priority"
     with running_engine(folder, max_model_len=LIMIT, **options) as llm:
         serve_load(llm, load, 60, at_once=24, priorities=by_priority)
+
+
+def test_a_step_has_few_tokens_beside_chat(tiny_checkpoint: Callable[..., Path]) -> None:
+    """Texts wait for their share while chats are answered, and no longer."""
+    chats = named(
+        "chat", random_prompts([5, 9, 12]), SamplingParams(max_tokens=30, ignore_eos=True)
+    )
+    texts = named("text", random_prompts([100] * 12, seed=1), EMBED)
+    cap, steps = 24, []
+    with running_engine(
+        tiny_checkpoint("llama", k=4),
+        max_model_len=LIMIT,
+        max_num_batched_tokens=256,
+        additional_config={"gem_tokens_beside_chat": cap},
+    ) as llm:
+        scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+        schedule = scheduler.schedule
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            answered = [r.request_id for r in scheduler.running if not _is_prompt_left(r)]
+            output = schedule(*args, **kwargs)
+            steps.append((answered, output.num_scheduled_tokens))
+            return output
+
+        scheduler.schedule = noted
+        outputs = run_together(llm, chats | texts)
+    assert all(len(outputs[name].outputs[0].token_ids) == 30 for name in chats)
+    beside = [
+        (sum(tokens.values()), len(answered)) for answered, tokens in steps if answered and tokens
+    ]
+    assert beside
+    assert all(total <= count + cap for total, count in beside)
+    assert max(total for total, _ in beside) > cap, "the share is used"
+    alone = [sum(tokens.values()) for answered, tokens in steps if not answered]
+    assert max(alone) > cap + len(chats), "without chats there is no limit"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
