@@ -88,6 +88,11 @@ GROUPS: dict[str, list[Row]] = {
         Row("instruction", "' This means in one word:'",
             {"instruction": " This means in one word:"}),
     ],
+    "What was good alone, together": [
+        Row("together", "instruction, half dropout 80 %, batches of 64, last 15 layers, 160 steps",
+            {"instruction": " This means in one word:", "drop_rate": 0.8, "batch_size": 64,
+             "rows_per_pass": 64, "lora_last_layers": 15, "steps": 160}),
+    ],
     "Next-token prediction": [
         Row("ntp", "80 steps of it before",
             {"steps": 160, "alpha_schedule": "step", "alpha_steps": 80}),
