@@ -43,6 +43,7 @@ class Answer:
 
 @dataclass
 class _Request:
+    text: str
     prompt: list[int]
     params: Any
     future: Future[Answer]
@@ -88,7 +89,7 @@ class EngineThread:
         from vllm import PoolingParams
 
         params = PoolingParams(task="embed", dimensions=self._dimensions)
-        return [self._submit(prompt, params) for prompt in self._token_ids(texts)]
+        return self._submit_all(texts, self._token_ids(texts), params)
 
     def generate(self, prompts: Sequence[str]) -> list[Future[Answer]]:
         """As `embed`: the answer to each prompt, by the chat template where there is one."""
@@ -96,7 +97,7 @@ class EngineThread:
 
         params = SamplingParams(temperature=0.0, max_tokens=self._max_tokens)
         if self._tokenizer.chat_template is None:
-            return [self._submit(prompt, params) for prompt in self._token_ids(prompts)]
+            return self._submit_all(prompts, self._token_ids(prompts), params)
         with self._tokenizing:
             chats = [
                 self._tokenizer.apply_chat_template(
@@ -106,15 +107,22 @@ class EngineThread:
                 )["input_ids"]
                 for prompt in prompts
             ]
-        return [self._submit(prompt, params) for prompt in chats]
+        return self._submit_all(prompts, chats, params)
 
     def _token_ids(self, texts: Sequence[str]) -> list[list[int]]:
         # A fast tokenizer is one thread's at a time; it uses several itself.
         with self._tokenizing:
             return self._tokenizer(list(texts))["input_ids"] if texts else []
 
-    def _submit(self, prompt: list[int], params: Any) -> Future[Answer]:
-        request = _Request(prompt, params, Future())
+    def _submit_all(
+        self, texts: Sequence[str], prompts: Sequence[list[int]], params: Any
+    ) -> list[Future[Answer]]:
+        return [
+            self._submit(_Request(text, prompt, params, Future()))
+            for text, prompt in zip(texts, prompts, strict=True)
+        ]
+
+    def _submit(self, request: _Request) -> Future[Answer]:
         with self._room:
             while (
                 self._failure is None
@@ -180,8 +188,10 @@ class EngineThread:
 
         params = request.params.clone()
         params.output_kind = RequestOutputKind.FINAL_ONLY
+        # With its text: a special token in that is refused, where one among token ids is meant.
+        prompt: Any = {"prompt_token_ids": request.prompt, "prompt": request.text}
         try:
-            self._engine.add_request(name, {"prompt_token_ids": request.prompt}, params)
+            self._engine.add_request(name, prompt, params)
         except (VLLMClientError, ValueError) as error:
             # As the server answers with 400: too long, empty, a reserved token.
             self._release([request])

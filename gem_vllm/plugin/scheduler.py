@@ -25,6 +25,8 @@ from gem_vllm.plugin.runs import Run, find_runs, pad_runs
 class GemScheduler(AsyncScheduler):
     """`AsyncScheduler` also serves synchronous engines: its placeholders are settled each step."""
 
+    max_num_scheduled_tokens: int
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.gem_config = GemConfig.from_hf_config(self.vllm_config.model_config.hf_config)
