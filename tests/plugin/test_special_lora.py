@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,10 +16,17 @@ from gem_vllm.plugin.step import GemStep
 
 
 def step_with(rows: list[int]) -> GemStep:
-    n = len(rows)
-    index = torch.zeros(n, dtype=torch.int64).numpy()
+    index = np.zeros(len(rows), dtype=np.int64)
     return GemStep(
-        rows=torch.tensor(rows), request_index=index, run_start=index, special_index=index
+        rows=torch.tensor(rows, dtype=torch.int64),
+        request_index=index,
+        special_index=index,
+        seen_from=index,
+        seen_to=index,
+        needs_mask=index > 0,
+        num_read=len(rows),
+        segments=None,
+        position_shift=None,
     )
 
 
@@ -37,8 +45,10 @@ def test_the_lora_is_added_at_special_rows_only(
     expected[rows] += x[rows].float() @ lora_a.float().T @ lora_b.float().T
     before, lora = output.clone(), SpecialLoRA(lora_a.clone(), lora_b.clone())
 
-    lora.add_to(output, x)
-    assert torch.equal(output, before), "no special rows in this step"
+    for nothing in (None, step_with([])):
+        gem_step.publish(nothing)
+        lora.add_to(output, x)
+        assert torch.equal(output, before), "no special rows in this step"
     gem_step.publish(step_with(rows))
     try:
         lora.add_to(output, x)
