@@ -77,10 +77,32 @@ def embeddings_of(outputs: dict[str, Any], count: int) -> torch.Tensor:
     return torch.stack([outputs[f"text-{i}"].outputs.data for i in range(count)])
 
 
+def scheduler_of(llm: LLM) -> Any:
+    """The scheduler of an in-process engine."""
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
 def step_counts(llm: LLM) -> dict[str, int]:
     """Engine steps so far by kind, from the scheduler of an in-process engine."""
-    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-    return dict(scheduler._step_counts)
+    return dict(scheduler_of(llm)._step_counts)
+
+
+def free_blocks(llm: LLM) -> int:
+    """KV blocks of an in-process engine that no request holds."""
+    return scheduler_of(llm).kv_cache_manager.block_pool.get_num_free_blocks()
+
+
+def noted_preemptions(llm: LLM) -> list[str]:
+    """A list that gets the id of every request that an in-process engine preempts from now on."""
+    scheduler = scheduler_of(llm)
+    preempt, preempted = scheduler._preempt_request, list[str]()
+
+    def noted(request: Any, *args: Any, **kwargs: Any) -> Any:
+        preempted.append(request.request_id)
+        return preempt(request, *args, **kwargs)
+
+    scheduler._preempt_request = noted
+    return preempted
 
 
 def random_prompts(lengths: Sequence[int], vocab: int = 400, seed: int = 0) -> list[list[int]]:

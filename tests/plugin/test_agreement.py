@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from tests.plugin.conftest import (
     embed,
     embeddings_of,
     named,
+    noted_preemptions,
     random_prompts,
     run_together,
     running_engine,
@@ -181,15 +181,7 @@ def test_preempted_embeddings_come_out_right(tiny_checkpoint: Callable[..., Path
     long = SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True)
     chats = random_prompts([100, 110, 120, 90], seed=3)
     with running_engine(folder, max_model_len=512, num_gpu_blocks_override=32) as llm:
-        scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-        preempted: list[str] = []
-        preempt = scheduler._preempt_request
-
-        def count(request: Any, *args: Any, **kwargs: Any) -> Any:
-            preempted.append(request.request_id)
-            return preempt(request, *args, **kwargs)
-
-        scheduler._preempt_request = count
+        preempted = noted_preemptions(llm)
         outputs = run_together(
             llm,
             named("chat", chats, long) | named("text", texts, EMBED),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from vllm import LLM, SamplingParams
+from vllm import SamplingParams
 
 from gem_vllm.config import GemConfig
 from gem_vllm.reference import ReferenceEmbedder
@@ -17,10 +17,13 @@ from tests.plugin.conftest import (
     cosines,
     embed,
     embeddings_of,
+    free_blocks,
     named,
+    noted_preemptions,
     random_prompts,
     run_together,
     running_engine,
+    scheduler_of,
 )
 from tests.tiny import FAMILIES
 
@@ -49,14 +52,6 @@ def prompts_with_runs(special_ids: tuple[int, ...]) -> list[list[int]]:
 
 def tokens_of(outputs: dict[str, Any], count: int) -> list[list[int]]:
     return [list(outputs[f"chat-{i}"].outputs[0].token_ids) for i in range(count)]
-
-
-def scheduler_of(llm: LLM) -> Any:
-    return llm.llm_engine.engine_core.engine_core.scheduler
-
-
-def free_blocks(llm: LLM) -> int:
-    return scheduler_of(llm).kv_cache_manager.block_pool.get_num_free_blocks()
 
 
 @pytest.mark.parametrize("k", [1, 4])
@@ -152,13 +147,7 @@ def test_preempted_requests_come_out_right(tiny_checkpoint: Callable[..., Path])
     long = SamplingParams(temperature=0.0, max_tokens=100, ignore_eos=True)
     with running_engine(folder, max_model_len=LIMIT, num_gpu_blocks_override=24) as llm:
         before, scheduler = free_blocks(llm), scheduler_of(llm)
-        preempt, preempted = scheduler._preempt_request, []
-
-        def count(request: Any, *args: Any, **kwargs: Any) -> Any:
-            preempted.append(request.request_id)
-            return preempt(request, *args, **kwargs)
-
-        scheduler._preempt_request = count
+        preempted = noted_preemptions(llm)
         outputs = run_together(llm, named("chat", prompts, long))
         assert free_blocks(llm) == before
         assert not scheduler._runs.keys() & scheduler.requests.keys()

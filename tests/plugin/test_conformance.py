@@ -25,10 +25,12 @@ from tests.plugin.conftest import (
     cosines,
     embed,
     embeddings_of,
+    free_blocks,
     named,
     random_prompts,
     run_together,
     running_engine,
+    scheduler_of,
 )
 from tests.plugin.random_load import RandomLoad, check, run_load
 from tests.tiny import FAMILIES
@@ -57,7 +59,7 @@ def held(llm: LLM) -> dict[str, Any]:
     runner = core.model_executor.driver_worker.worker.model_runner
     scheduler = core.scheduler
     return {
-        "free": scheduler.kv_cache_manager.block_pool.get_num_free_blocks(),
+        "free": free_blocks(llm),
         "requests": len(scheduler.requests),
         "states": len(runner._special_states),
         "runs": len(runner._runs) + len(scheduler._runs),
@@ -97,7 +99,7 @@ def test_a_step_has_few_tokens_beside_chat(tiny_checkpoint: Callable[..., Path])
         max_num_batched_tokens=256,
         additional_config={"gem_tokens_beside_chat": cap},
     ) as llm:
-        scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+        scheduler = scheduler_of(llm)
         schedule = scheduler.schedule
 
         def noted(*args: Any, **kwargs: Any) -> Any:
