@@ -14,6 +14,7 @@ from gem_vllm.commands.export import export
 from gem_vllm.commands.fetch import fetch
 from gem_vllm.commands.key import key
 from gem_vllm.commands.mine import mine
+from gem_vllm.commands.questions import questions
 from gem_vllm.commands.serve import serve
 from gem_vllm.commands.train import train
 from gem_vllm.errors import GemError
@@ -27,6 +28,7 @@ app = typer.Typer(
 app.command()(fetch)
 app.command()(train)
 app.command()(mine)
+app.command()(questions)
 app.add_typer(adapter, name="adapter")
 app.command()(embed)
 app.command()(serve)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import sys
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 CPUINFO = Path("/proc/cpuinfo")
+CPU_CACHE_BYTES = 2 << 30
 _OPENMP = ("libgomp", "libomp", "libiomp")
 
 
@@ -36,6 +40,30 @@ def serve_environment() -> dict[str, str]:
         )
         env["LD_PRELOAD"] = ":".join((str(openmp), *others))
     return env
+
+
+@contextlib.contextmanager
+def environment(wanted: Mapping[str, str]) -> Iterator[None]:
+    """Variables for the processes that are started meanwhile."""
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def engine_defaults(max_model_len: int) -> dict[str, Any]:
+    """Options of an engine beside other work; ``max_model_len`` is in tokens."""
+    options: dict[str, Any] = {"dtype": serve_dtype(), "max_model_len": max_model_len}
+    if is_cpu_build():
+        # Plain vLLM would want nearly all of the machine's memory.
+        options["kv_cache_memory_bytes"] = CPU_CACHE_BYTES
+    return options
 
 
 def cpu_name() -> str:

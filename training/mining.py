@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +13,7 @@ import pyarrow.parquet as pq
 
 from gem_vllm.errors import GemError
 from gem_vllm.serving.vectors import EMBEDDING
-from gem_vllm.training.data import open_text
+from gem_vllm.training.pairs import check_pairs_file, write_pairs
 
 ROWS_AT_ONCE = 1024
 
@@ -48,8 +46,7 @@ class MineOptions:
             raise GemError("--negatives must be at least 1, and --range-min at least 0")
         if self.range_max < self.range_min + self.negatives:
             raise GemError("--range-max must be at least --range-min and --negatives together")
-        if not self.out.name.endswith((".jsonl", ".jsonl.gz")):
-            raise GemError(f"--out {self.out}: name a .jsonl or .jsonl.gz file")
+        check_pairs_file(self.out)
 
 
 def mine(options: MineOptions, progress: Callable[[int, int], None]) -> int:
@@ -76,20 +73,15 @@ def mine(options: MineOptions, progress: Callable[[int, int], None]) -> int:
         )
     vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     random = np.random.default_rng(options.seed)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=options.out.parent, prefix=".gem-mine-") as folder:
-        part = Path(folder) / options.out.name
-        with open_text(part, "w") as file:
-            for start in range(0, len(texts), ROWS_AT_ONCE):
-                for row, near in enumerate(_neighbours(vectors, start, options), start):
-                    chosen = sorted(random.choice(len(near), options.negatives, replace=False))
-                    negative = [texts[other] for other in near[chosen]]
-                    line = json.dumps({"anchor": texts[row], "negative": negative})
-                    file.write(line + "\n")
-                progress(min(start + ROWS_AT_ONCE, len(texts)), len(texts))
-        with part.open("rb") as done:
-            os.fsync(done.fileno())
-        part.replace(options.out)
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for start in range(0, len(texts), ROWS_AT_ONCE):
+            for row, near in enumerate(_neighbours(vectors, start, options), start):
+                chosen = sorted(random.choice(len(near), options.negatives, replace=False))
+                yield {"anchor": texts[row], "negative": [texts[other] for other in near[chosen]]}
+            progress(min(start + ROWS_AT_ONCE, len(texts)), len(texts))
+
+    write_pairs(options.out, rows())
     return len(texts)
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gem_vllm.errors import GemError
-from gem_vllm.training.data import is_jsonl, read_jsonl
+from gem_vllm.training.data import is_jsonl, open_text, read_jsonl
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,24 @@ class PairSource:
             raise GemError(f"--pairs {self.file}: give a .jsonl or .jsonl.gz file")
         if next(iter(self), None) is None:
             raise GemError(f"--pairs {self.file} holds no pair")
+
+
+def check_pairs_file(out: Path) -> None:
+    """Raise GemError where `write_pairs` could not tell the form from the name."""
+    if not out.name.endswith((".jsonl", ".jsonl.gz")):
+        raise GemError(f"--out {out}: name a .jsonl or .jsonl.gz file")
+
+
+def write_pairs(out: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write a ``--pairs`` file, an object a line, whole or not at all."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".gem-pairs-") as folder:
+        part = Path(folder) / out.name
+        with open_text(part, "w") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        with part.open("rb") as done:
+            os.fsync(done.fileno())
+        part.replace(out)
 
 
 def _pair(row: Any, where: str) -> Pair:

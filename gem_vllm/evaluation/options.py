@@ -10,12 +10,11 @@ from typing import Any
 from gem_vllm.config import GemConfig
 from gem_vllm.errors import GemError
 from gem_vllm.folders import content_sha256, read_json
-from gem_vllm.machine import is_cpu_build, serve_dtype
+from gem_vllm.machine import engine_defaults
 
 PROMPT_TYPES = ("query", "document")
 # Perplexity depends on it, and texts of an embedding task are cut there: the same for all models.
 MAX_MODEL_LEN = 2048
-CPU_CACHE_BYTES = 2 << 30
 HUB = "hub"
 
 
@@ -70,11 +69,7 @@ class EvaluateOptions:
 
     def engine_options(self) -> dict[str, Any]:
         """What vLLM's engine is told: ``engine`` over an evaluation's own defaults."""
-        defaults: dict[str, Any] = {"dtype": serve_dtype(), "max_model_len": MAX_MODEL_LEN}
-        if is_cpu_build():
-            # Plain vLLM would want nearly all of the machine's memory.
-            defaults["kv_cache_memory_bytes"] = CPU_CACHE_BYTES
-        return defaults | self.engine
+        return engine_defaults(MAX_MODEL_LEN) | self.engine
 
     def bound(self) -> dict[str, Any]:
         """What a result depends on; an evaluation goes on in a folder only where it is the same.

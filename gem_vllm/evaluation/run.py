@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from gem_vllm.evaluation.local_tasks import find_tasks, local_task
 from gem_vllm.evaluation.options import MAY_COME_LATER, PROMPT_TYPES, EvaluateOptions
 from gem_vllm.evaluation.report import Column, write_report
 from gem_vllm.folders import write_json
-from gem_vllm.machine import serve_environment
+from gem_vllm.machine import environment, serve_environment
 
 BOUND_FILE = "options.json"
 REVISION_CHARACTERS = 16
@@ -224,7 +223,7 @@ def _lazy_engine(
             report(f"{Path(model).name}: starting vLLM")
             from vllm import LLM
 
-            with _environment(serve_environment()):
+            with environment(serve_environment()):
                 started.append(LLM(model, **options.engine_options()))
         return started[0]
 
@@ -233,18 +232,3 @@ def _lazy_engine(
     finally:
         for llm in started:
             llm.llm_engine.engine_core.shutdown()
-
-
-@contextlib.contextmanager
-def _environment(wanted: Mapping[str, str]) -> Iterator[None]:
-    """For the processes that are started meanwhile."""
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
