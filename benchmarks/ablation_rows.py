@@ -24,7 +24,7 @@ class Row:
         name: of its folder and its result.
         title: in the table.
         changes: of `TrainOptions`, over ``RECIPE``.
-        pairs: which file of pairs `ablations.py` makes for it: ``lead`` or ``mined``.
+        pairs: which file of pairs `ablations.py` makes for it: ``lead``, ``questions``, ``mined``.
         dimensions: further sizes at which embeddings are measured.
     """
 
@@ -55,6 +55,8 @@ GROUPS: dict[str, list[Row]] = {
             {"span_share": 0.34, "cloze_share": 0.33}),
         Row("cloze-alone", "cloze alone", {"positives": "cloze"}),
         Row("lead", "a quarter of first sentences and the rest (title and body)", pairs="lead"),
+        Row("questions", "a quarter of questions that the base has written, and their passages",
+            pairs="questions"),
     ],
     "Negatives": [
         Row("batch-64", "batches of 64", {"batch_size": 64, "rows_per_pass": 64}),

@@ -32,6 +32,7 @@ from gem_vllm.training.options import TrainOptions
 from gem_vllm.training.run import compute_dtype, train
 
 MINED_SENTENCES = 20_000
+ASKED_PARAGRAPHS = 4096
 
 
 def main() -> None:
@@ -104,19 +105,25 @@ def make_pairs(kind: str, args: argparse.Namespace) -> Path:
     file = args.work / f"{kind}.jsonl.gz"
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
-        lead(args.paragraphs, file) if kind == "lead" else mined(args, file)
+        {"lead": lead, "questions": questions, "mined": mined}[kind](args, file)
     return file
 
 
-def lead(paragraphs: Path, file: Path) -> None:
+def lead(args: argparse.Namespace, file: Path) -> None:
     """A paragraph's first sentence, and the rest of it: Wikipedia's nearest to title and body."""
     part = file.with_suffix(".tmp")
-    with open_text(paragraphs) as lines, gzip.open(part, "wt", encoding="utf-8") as out:
+    with open_text(args.paragraphs) as lines, gzip.open(part, "wt", encoding="utf-8") as out:
         for line in lines:
             first, *rest = re.split(r"(?<=[.!?]) (?=[A-Z])", line.strip(), maxsplit=1)
             if rest and len(rest[0].split()) >= 8:
                 out.write(json.dumps({"anchor": first, "positive": rest[0]}) + "\n")
     part.replace(file)
+
+
+def questions(args: argparse.Namespace, file: Path) -> None:
+    """Of the first paragraphs, by the base."""
+    texts = ["--texts", ASKED_PARAGRAPHS]
+    command("questions", "--base", args.base, "--data", args.paragraphs, *texts, "--out", file)
 
 
 def mined(args: argparse.Namespace, file: Path) -> None:
@@ -125,11 +132,13 @@ def mined(args: argparse.Namespace, file: Path) -> None:
     with open_text(args.sentences) as lines, texts.open("w", encoding="utf-8") as out:
         out.writelines(line for _, line in zip(range(MINED_SENTENCES), lines, strict=False))
     model = args.work / "base"
-    for step in (
-        ["embed", "--model", model, "--input", texts, "--keep", "text", "--output", vectors],
-        ["mine", vectors, "--out", file],
-    ):
-        subprocess.run([sys.executable, "-m", "gem_vllm.cli", *map(str, step)], check=True)
+    command("embed", "--model", model, "--input", texts, "--keep", "text", "--output", vectors)
+    command("mine", vectors, "--out", file)
+
+
+def command(*words: object) -> None:
+    """A subcommand of ``gem-vllm``."""
+    subprocess.run([sys.executable, "-m", "gem_vllm.cli", *map(str, words)], check=True)
 
 
 def markdown(results: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,6 @@ def test_a_paragraphs_first_sentence_and_the_rest(tmp_path: Path) -> None:
     source, out = tmp_path / "paragraphs.txt", tmp_path / "lead.jsonl.gz"
     rest = "It rose again on the next day. " * 3
     source.write_text(f"The river fell by 1.5 m. {rest}\nOne sentence alone, long as it may be.\n")
-    lead(source, out)
+    lead(Namespace(paragraphs=source), out)
     (row,) = map(json.loads, gzip.decompress(out.read_bytes()).splitlines())
     assert row == {"anchor": "The river fell by 1.5 m.", "positive": rest.strip()}
