@@ -203,10 +203,20 @@ def compute_dtype(name: str) -> torch.dtype:
 def _save(trainer: GemTrainer, tokenizer, gem_config: GemConfig) -> None:
     options, lm = trainer.options, trainer.model.lm
     if options.mode == "lora":
-        lm = lm.merge_and_unload()
+        lm = (_unsharded(trainer) if options.shard else lm).merge_and_unload()
     if options.mode != "adapter":
         lm = lm.to(read_tensor(options.base, EMBEDDING).dtype)
     save_checkpoint(options.out, lm, tokenizer, gem_config)
+
+
+def _unsharded(trainer: GemTrainer) -> PeftModel:
+    """What was trained, which is whole in every process, on a base that is whole, too."""
+    options = trainer.options
+    model, tokenizer = load_base(options.base, dtype=torch.float32)
+    special_ids = add_special_tokens(model, tokenizer, options.special_tokens)
+    whole = build_model(model, special_ids, options)
+    whole.load_state_dict(trainer.model.state_dict())
+    return whole.lm
 
 
 def _check_folders(options: TrainOptions, *, resume: bool, overwrite: bool) -> None:

@@ -92,7 +92,12 @@ def test_two_processes_train_as_one(
     assert (together.out / "README.md").is_file()
 
 
-def test_a_sharded_base_gives_the_same(options: TrainOptions, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "changes", [{}, {"mode": "lora", "raw_share": 0.5}], ids=["adapter", "lora"]
+)
+def test_a_sharded_base_gives_the_same(
+    options: TrainOptions, changes: dict[str, Any], tmp_path: Path
+) -> None:
     scored = tmp_path / "scored.jsonl"
     scored.write_text(
         "".join(
@@ -102,7 +107,11 @@ def test_a_sharded_base_gives_the_same(options: TrainOptions, tmp_path: Path) ->
         )
     )
     options = dataclasses.replace(
-        options, contrastive_learning_rate=1e-3, held_out_pairs=str(scored), save_every=3
+        options,
+        contrastive_learning_rate=1e-3,
+        held_out_pairs=str(scored),
+        save_every=3,
+        **changes,
     )
     train(options, progress=False)
     together = dataclasses.replace(options, out=tmp_path / "together", shard=True)
@@ -124,8 +133,8 @@ def test_each_process_holds_its_part_of_a_sharded_base(options: TrainOptions) ->
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mode": "full"}, "--shard is for --mode adapter"),
-        ({"raw_share": 0.5}, "--shard does not go with --pairs, nor with --raw-share"),
+        ({"mode": "full"}, "--shard spreads a frozen base: give --mode adapter or lora"),
+        ({"raw_share": 0.5}, "--shard does not go with --raw-share other than 0"),
     ],
 )
 def test_what_cannot_be_sharded_is_refused(
