@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo test test-full lint format clean
+.PHONY: help setup demo test test-full test-gpu lint format clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  ##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 10
@@ -23,6 +23,9 @@ test: lint  ## lint, then the tests
 
 test-full: lint  ## lint, then all tests, those too that take minutes each
 	$(BIN)/pytest -m "not gpu"
+
+test-gpu: setup  ## the tests that need a CUDA device; without one they are skipped
+	$(BIN)/pytest -m gpu tests/gpu
 
 format: setup  ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
