@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoTokenizer
 from gem_vllm.errors import GemError
 from gem_vllm.folders import content_sha256, read_json, write_json
 from gem_vllm.machine import engine_defaults, environment, serve_environment
+from gem_vllm.training.batches import plain_prompt_template
 from gem_vllm.training.data import TextSource
 from gem_vllm.training.pairs import check_pairs_file, write_pairs
 from gem_vllm.training.question_forms import FORMS
@@ -145,9 +146,7 @@ class _Writer:
         self._forms = [
             (self._ids(f"{form.shown}Passage:"), self._ids(f"\n{form.name}:")) for form in FORMS
         ]
-        # What the tokenizer puts before a plain prompt (BOS), if anything.
-        whole, plain = self._tokenizer("a")["input_ids"], self._ids("a")
-        self._start = whole[: whole.index(plain[0])]
+        self._start = plain_prompt_template(self._tokenizer).head  # BOS, where there is one
         longest = max(len(head) + len(tail) for head, tail in self._forms) + len(self._start)
         needed = longest + MAX_PASSAGE_TOKENS + MAX_QUESTION_TOKENS
         config = AutoConfig.from_pretrained(options.base).get_text_config()
