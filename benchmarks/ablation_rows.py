@@ -94,6 +94,10 @@ GROUPS: dict[str, list[Row]] = {
         Row("together", "instruction, half dropout 80 %, batches of 64, last 15 layers, 160 steps",
             {"instruction": " This means in one word:", "drop_rate": 0.8, "batch_size": 64,
              "rows_per_pass": 64, "lora_last_layers": 15, "steps": 160}),
+        Row("together-questions", "the same, a third of the batches questions",
+            {"instruction": " This means in one word:", "drop_rate": 0.8, "batch_size": 64,
+             "rows_per_pass": 64, "lora_last_layers": 15, "steps": 160, "pairs_share": 0.33},
+            pairs="questions"),
     ],
     "Next-token prediction": [
         Row("ntp", "80 steps of it before",
