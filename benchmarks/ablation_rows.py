@@ -35,6 +35,14 @@ class Row:
     dimensions: tuple[int, ...] = ()
 
 
+TOGETHER: dict[str, Any] = {
+    "instruction": " This means in one word:",
+    "drop_rate": 0.8,
+    "batch_size": 64,
+    "rows_per_pass": 64,
+    "lora_last_layers": 15,
+    "steps": 160,
+}
 SIZES = (64, 128, 256)
 GROUPS: dict[str, list[Row]] = {
     "The recipe, by seed": [
@@ -92,12 +100,9 @@ GROUPS: dict[str, list[Row]] = {
     ],
     "What was good alone, together": [
         Row("together", "instruction, half dropout 80 %, batches of 64, last 15 layers, 160 steps",
-            {"instruction": " This means in one word:", "drop_rate": 0.8, "batch_size": 64,
-             "rows_per_pass": 64, "lora_last_layers": 15, "steps": 160}),
+            TOGETHER),
         Row("together-questions", "the same, a third of the batches questions",
-            {"instruction": " This means in one word:", "drop_rate": 0.8, "batch_size": 64,
-             "rows_per_pass": 64, "lora_last_layers": 15, "steps": 160, "pairs_share": 0.33},
-            pairs="questions"),
+            {**TOGETHER, "pairs_share": 0.33}, pairs="questions"),
     ],
     "Next-token prediction": [
         Row("ntp", "80 steps of it before",

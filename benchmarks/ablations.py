@@ -11,12 +11,12 @@ few minutes on two cores; stop it and run it again as you like.
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from gem_vllm.machine import cpu_name
 from gem_vllm.training.data import open_text
 from gem_vllm.training.model_card import command_line, source_commit
 from gem_vllm.training.options import TrainOptions
+from gem_vllm.training.pairs import write_pairs
 from gem_vllm.training.run import compute_dtype, train
 
 MINED_SENTENCES = 20_000
@@ -111,13 +112,15 @@ def make_pairs(kind: str, args: argparse.Namespace) -> Path:
 
 def lead(args: argparse.Namespace, file: Path) -> None:
     """A paragraph's first sentence, and the rest of it: Wikipedia's nearest to title and body."""
-    part = file.with_suffix(".tmp")
-    with open_text(args.paragraphs) as lines, gzip.open(part, "wt", encoding="utf-8") as out:
-        for line in lines:
-            first, *rest = re.split(r"(?<=[.!?]) (?=[A-Z])", line.strip(), maxsplit=1)
-            if rest and len(rest[0].split()) >= 8:
-                out.write(json.dumps({"anchor": first, "positive": rest[0]}) + "\n")
-    part.replace(file)
+
+    def rows() -> Iterator[dict[str, str]]:
+        with open_text(args.paragraphs) as lines:
+            for line in lines:
+                first, *rest = re.split(r"(?<=[.!?]) (?=[A-Z])", line.strip(), maxsplit=1)
+                if rest and len(rest[0].split()) >= 8:
+                    yield {"anchor": first, "positive": rest[0]}
+
+    write_pairs(file, rows())
 
 
 def questions(args: argparse.Namespace, file: Path) -> None:
