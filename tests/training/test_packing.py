@@ -13,7 +13,7 @@ from gem_vllm.training.dense_model import DenseModel
 from gem_vllm.training.packing import Packing
 from gem_vllm.training.sequences import pad
 from tests.tiny import FAMILIES
-from tests.training.models import make_model, random_texts
+from tests.training.models import make_model, random_texts, step
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
@@ -69,25 +69,10 @@ def test_packed_rows_give_the_same_losses_and_gradients(
     tiny_base: Callable[..., Path], family: str
 ) -> None:
     model, _ = make_model(tiny_base(family), DenseModel)
-    special = list(model.special_ids)
-    texts = random_texts((5, 31, 7, 18, 12, 9))
-    ids, lengths = pad(texts)
-    mixed = [text if row % 3 == 0 else [*text, *special, *text] for row, text in enumerate(texts)]
-    ntp_ids, ntp_lengths = pad(mixed)
     found = []
     for width in (None, 48):
         model.pack_into = width
-        model.zero_grad()
-        losses = model(
-            torch.tensor(0.5),
-            cl_ids=ids,
-            cl_lengths=lengths,
-            ntp_ids=ntp_ids,
-            ntp_lengths=ntp_lengths,
-        )
-        losses["loss"].backward()
-        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        found.append((losses, gradients))
+        found.append(step(model))
     (padded, expected), (packed, gradients) = found
     torch.testing.assert_close(packed["loss_cl"], padded["loss_cl"])
     torch.testing.assert_close(packed["loss_ntp"], padded["loss_ntp"])
