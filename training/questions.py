@@ -26,6 +26,7 @@ from gem_vllm.training.round_trip import found_again
 
 MAX_PASSAGE_TOKENS = 320
 MAX_QUESTION_TOKENS = 32
+QUESTION_END = "\n"
 TEXTS_AT_ONCE = 512
 OPTIONS_FILE = "options.json"
 
@@ -155,7 +156,9 @@ class _Writer:
                 f"--base {options.base} has a context of {config.max_position_embeddings} tokens; "
                 f"examples, passage and question need {needed}"
             )
-        self._params = SamplingParams(temperature=0.0, max_tokens=MAX_QUESTION_TOKENS, stop=["\n"])
+        self._params = SamplingParams(
+            temperature=0.0, max_tokens=MAX_QUESTION_TOKENS, stop=[QUESTION_END]
+        )
         with environment(serve_environment()):
             self._llm = LLM(str(options.base), **(engine_defaults(needed) | options.engine))
 
