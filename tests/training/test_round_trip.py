@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from gem_vllm.training import round_trip
@@ -33,3 +36,16 @@ def test_passages_are_told_apart_within_their_group(monkeypatch: pytest.MonkeyPa
 def test_of_nothing_nothing_is_kept() -> None:
     assert list(found_again([])) == []
     assert list(found_again([("?", "!"), ("!", "?")])) == []
+
+
+def test_search_leaves_numba_out_of_this_process() -> None:
+    # Beside llvmlite, vLLM 0.32 starts no engine on the CPU. In a fresh interpreter: other tests
+    # may have imported it here.
+    code = (
+        "import sys\n"
+        "from gem_vllm.training.round_trip import found_again\n"
+        "assert list(found_again([('of rivers', 'rivers run'), ('of hills', 'hills rise')]))\n"
+        "print([name for name in ('bm25s', 'numba', 'llvmlite') if name in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
