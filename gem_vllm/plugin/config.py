@@ -68,11 +68,6 @@ def _refuse_unsupported(vllm_config: VllmConfig, gem_config: GemConfig) -> None:
             "Speculative decoding is not supported with a GEM checkpoint. "
             "Leave --speculative-config unset."
         )
-    if vllm_config.parallel_config.pipeline_parallel_size > 1:
-        raise ValueError(
-            "Pipeline parallelism is not supported with a GEM checkpoint. "
-            "Use --tensor-parallel-size."
-        )
     beside = vllm_config.additional_config.get(TOKENS_BESIDE_CHAT)
     if beside is not None and (type(beside) is not int or beside < 1):
         raise ValueError(

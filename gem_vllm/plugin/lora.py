@@ -28,6 +28,7 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
     UnquantizedLinearMethod,
 )
+from vllm.model_executor.models.utils import is_pp_missing_parameter
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from gem_vllm.config import GemConfigError
@@ -132,6 +133,8 @@ def attach_adapter(model: nn.Module, vllm_config: VllmConfig, folder: Path) -> N
     """
     scale, pairs = _read_adapter(folder)
     packed_modules: Mapping[str, list[str]] = model.packed_modules_mapping
+    # Other ranks' layers, where a pipeline has several: there each layer is but a placeholder.
+    pairs = {name: pair for name, pair in pairs.items() if not is_pp_missing_parameter(name, model)}
     names = []
     for name, layer in model.named_modules():
         if not isinstance(layer, LinearBase):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from vllm.config import VllmConfig
+from vllm.distributed import get_pp_group
 
 from gem_vllm.config import SUPPORTED_ARCHITECTURES, GemConfig, base_architecture
 from gem_vllm.plugin.attention import register_attention
@@ -34,7 +35,7 @@ class GemCausalLM(_Base):
             belong to embedding requests; None for every row. The runner sets it for each step,
             `compute_logits` uses it once.
         last_mlp: the last layer's MLP, of which the runner says which rows are read; None where
-            ordinary LoRAs are served.
+            ordinary LoRAs are served, and where a pipeline has another rank for that layer.
     """
 
     logits_rows: torch.Tensor | None = None
@@ -52,7 +53,7 @@ class GemCausalLM(_Base):
             model = self._vllm_config.model_config
             folder = _adapter_folder(model.model, model.revision)
             attach_adapter(self, self._vllm_config, folder)
-        if self._vllm_config.lora_config is None:
+        if self._vllm_config.lora_config is None and get_pp_group().is_last_rank:
             # An ordinary LoRA knows its layers by name, and its rows by those of the whole step.
             self.last_mlp = wrap_last_mlp(self, self._vllm_config)
 

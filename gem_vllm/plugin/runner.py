@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from vllm.distributed import get_pp_group
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
@@ -53,6 +54,17 @@ class GemModelRunner(_Runner):
         runner._runs = {}
         runner._special_states = {}
         runner._finished_embeddings = []
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """vLLM's, with room for what the rank before sends, where there is one.
+
+        vLLM makes it in a dummy run, of which an eager engine on a CPU has none.
+        """
+        super().load_model(*args, **kwargs)
+        if not get_pp_group().is_first_rank:
+            self.intermediate_tensors = self.model.make_empty_intermediate_tensors(
+                batch_size=self.max_num_tokens, dtype=self.dtype, device=self.device
+            )
 
     def get_supported_tasks(self) -> tuple[Any, ...]:
         """vLLM's tasks for the model, and `embed`."""

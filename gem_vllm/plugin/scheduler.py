@@ -23,7 +23,7 @@ from gem_vllm.plugin.runs import Run, find_runs, pad_runs
 
 
 class GemScheduler(AsyncScheduler):
-    """`AsyncScheduler` also serves synchronous engines: its placeholders are settled each step."""
+    """For engines that schedule asynchronously, and for those that do not."""
 
     max_num_scheduled_tokens: int
 
@@ -97,6 +97,20 @@ class GemScheduler(AsyncScheduler):
             )
             for manager in self.kv_cache_manager.coordinator.single_type_managers:
                 manager._remove_blocks_in_range(request_id, 0, hidden // manager.block_size)
+
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        if self.scheduler_config.async_scheduling:
+            super()._update_after_schedule(scheduler_output)
+        else:
+            # No placeholder: a pipeline's next step would take it for a token to go on from.
+            super(AsyncScheduler, self)._update_after_schedule(scheduler_output)
+
+    def _update_request_with_output(
+        self, request: Request, *args: Any, **kwargs: Any
+    ) -> tuple[list[int], bool]:
+        if self.scheduler_config.async_scheduling:
+            return super()._update_request_with_output(request, *args, **kwargs)
+        return super(AsyncScheduler, self)._update_request_with_output(request, *args, **kwargs)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         """vLLM's statistics, with the counts since the last call."""

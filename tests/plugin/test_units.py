@@ -214,7 +214,6 @@ def test_step_counts_travel_and_leave_nothing_behind() -> None:
     ("options", "message"),
     [
         ({"runner": "pooling", "convert": "embed"}, "one engine embeds and generates"),
-        ({"pipeline_parallel_size": 2}, "Pipeline parallelism is not supported"),
         ({"additional_config": {"gem_tokens_beside_chat": 0}}, "is 0; give the number of prompt"),
         ({"additional_config": {"gem_tokens_beside_chat": "9"}}, "is '9'; give the number"),
         ({"max_model_len": 5}, "leaves no room for text"),

@@ -133,8 +133,9 @@ def test_an_engine_that_cannot_start_ends_the_job_with_its_reason(
 ) -> None:
     (tmp_path / "in.txt").write_text("one\n")
     options = EmbedOptions(model=model, input=str(tmp_path / "in.txt"), output=str(tmp_path / "o"))
-    replicas = ReplicaOptions(engine={**ENGINE, "pipeline_parallel_size": 2})
-    with pytest.raises(JobError, match="Pipeline parallelism is not supported"):
+    refused = {"additional_config": {"gem_tokens_beside_chat": 0}}
+    replicas = ReplicaOptions(engine={**ENGINE, **refused})
+    with pytest.raises(JobError, match="gem_tokens_beside_chat in --additional-config is 0"):
         run_embed_job(options, replicas)
 
 

@@ -194,14 +194,14 @@ def test_a_thousand_clients_that_leave_take_their_requests_along(endpoint: Endpo
 
 
 def test_an_engine_that_cannot_start_ends_the_command_with_its_reason(model: Path) -> None:
-    engine = json.dumps({**ENGINE, "pipeline_parallel_size": 2})
+    engine = json.dumps({**ENGINE, "additional_config": {"gem_tokens_beside_chat": 0}})
     command = [sys.executable, "-m", "gem_vllm.cli", "serve", str(model), "--port", "18474"]
     done = subprocess.run(
         [*command, "--engine", engine], capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 1
     told = done.stderr.splitlines()[-1]
-    assert told.startswith("error: the endpoint could not be brought up: Pipeline parallelism")
+    assert told.startswith("error: the endpoint could not be brought up: gem_tokens_beside_chat")
 
 
 def test_more_load_starts_another_replica(model: Path, tmp_path: Path) -> None:

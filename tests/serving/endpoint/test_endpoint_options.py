@@ -65,7 +65,7 @@ def test_what_cannot_work_is_refused(changes: dict[str, Any], message: str, mode
 
 def test_a_failed_start_is_told_in_one_line() -> None:
     told = "Deploying failed\nTraceback\nRuntimeError: Failed: 1 validation error\n"
-    value = "  Value error, Pipeline parallelism is not supported. [type=value_error, input]\n"
-    assert reason(told + value) == "Pipeline parallelism is not supported."
+    value = "  Value error, Speculative decoding is not supported. [type=value_error, input]\n"
+    assert reason(told + value) == "Speculative decoding is not supported."
     assert reason("Traceback\nValueError: no room\nThe end") == "ValueError: no room"
     assert reason("") == "no reason was given"
