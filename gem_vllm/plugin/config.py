@@ -47,7 +47,7 @@ class GemModelConfig(VerifyAndUpdateConfig):
         if current_platform.is_cuda_alike():
             _stay_on_tested_paths(vllm_config)
         if current_platform.is_cpu():
-            _bound_cpu_kv_cache(vllm_config.cache_config)
+            _bound_cpu_kv_cache(vllm_config)
             if gem_config.k > 1:
                 _shrink_cpu_blocks(vllm_config.cache_config)
 
@@ -105,12 +105,13 @@ def _stay_on_tested_paths(vllm_config: VllmConfig) -> None:
         vllm_config.model_config.enforce_eager = True
 
 
-def _bound_cpu_kv_cache(cache_config: CacheConfig) -> None:
+def _bound_cpu_kv_cache(vllm_config: VllmConfig) -> None:
     """Give the KV cache 4 GiB, or half of the free memory, where the user has not sized it.
 
-    vLLM's own default asks for 92 % of the machine's memory and does not start on one that is in
-    use for anything else.
+    That is for all workers of the machine together. vLLM's own default asks for 92 % of its memory
+    and does not start on one that is in use for anything else.
     """
+    cache_config, parallel = vllm_config.cache_config, vllm_config.parallel_config
     sized = (
         cache_config.kv_cache_memory_bytes is not None
         or envs.VLLM_CPU_KVCACHE_SPACE
@@ -118,9 +119,10 @@ def _bound_cpu_kv_cache(cache_config: CacheConfig) -> None:
     )
     if not sized:
         free = psutil.virtual_memory().available
-        cache_config.kv_cache_memory_bytes = min(CPU_KV_CACHE_BYTES, free // 2)
+        workers = parallel.world_size * max(1, parallel.data_parallel_size_local)
+        cache_config.kv_cache_memory_bytes = min(CPU_KV_CACHE_BYTES, free // 2) // workers
         logger.info(
-            "KV cache: %.1f GiB. Set --kv-cache-memory-bytes for another size.",
+            "KV cache: %.1f GiB a worker. Set --kv-cache-memory-bytes for another size.",
             cache_config.kv_cache_memory_bytes / (1 << 30),
         )
 

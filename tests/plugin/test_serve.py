@@ -3,105 +3,37 @@
 from __future__ import annotations
 
 import base64
-import os
-import signal
-import socket
+import re
 import struct
 import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
-import openai
 import pytest
 import torch
 
-from gem_vllm.reference import ReferenceEmbedder
 from tests.plugin.conftest import cosines
+from tests.plugin.server import LIMIT, VLLM, Server, running_server
 
 K = 4
-LIMIT = 256
-START_SECONDS = 400
 TEXTS = ["A library keeps books and maps.", "Bread is made from flour.", "1969"]
-
-
-@dataclass
-class Server:
-    """A running server, and the reference for its checkpoint."""
-
-    url: str
-    reference: ReferenceEmbedder
-
-    def post(self, route: str, **body: Any) -> httpx.Response:
-        return httpx.post(f"{self.url}{route}", json={"model": "gem", **body}, timeout=60)
-
-    def embed(self, texts: Any, **options: Any) -> list[list[float]]:
-        answer = self.post("/v1/embeddings", input=texts, **options)
-        assert answer.status_code == 200, answer.text
-        return [entry["embedding"] for entry in answer.json()["data"]]
-
-    @property
-    def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
 
 
 @pytest.fixture(scope="module")
 def server(
     tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
-    folder = tiny_checkpoint("llama", k=K)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     log = tmp_path_factory.mktemp("server") / "server.log"
-    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    command = [
-        str(Path(sys.executable).with_name("vllm")),
-        *("serve", str(folder), "--port", str(port), "--host", "127.0.0.1"),
-        *("--served-model-name", "gem", "--max-model-len", str(LIMIT)),
-        *("--dtype", "float32", "--enforce-eager"),
-    ]
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
-    try:
-        url = f"http://127.0.0.1:{port}"
-        wait_until_healthy(url, process, log)
-        yield Server(url, ReferenceEmbedder(folder))
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            pytest.fail(f"vllm serve ended:\n{log.read_text()[-3000:]}")
-        try:
-            if httpx.get(f"{url}/health", timeout=5).status_code == 200:
-                return
-        except httpx.TransportError:
-            time.sleep(1)
-    pytest.fail(f"vllm serve did not come up:\n{log.read_text()[-3000:]}")
+    with running_server(tiny_checkpoint("llama", k=K), log) as running:
+        yield running
 
 
 def steps(server: Server, kind: str) -> float:
-    for line in httpx.get(f"{server.url}/metrics", timeout=30).text.splitlines():
-        if line.startswith("gem_steps_total") and f'kind="{kind}"' in line:
-            return float(line.rpartition(" ")[2])
-    pytest.fail("/metrics has no gem_steps_total")
+    (count,) = server.metric("gem_steps_total", f'kind="{kind}"').values()
+    return count
 
 
 def test_embeddings_are_the_references(server: Server) -> None:
@@ -258,10 +190,8 @@ def test_compressed_context(server: Server) -> None:
 
 def cached_tokens(server: Server) -> float:
     """Prompt tokens that came from the prefix cache, by vLLM's own counter."""
-    for line in httpx.get(f"{server.url}/metrics", timeout=30).text.splitlines():
-        if line.startswith("vllm:prefix_cache_hits_total"):
-            return float(line.rpartition(" ")[2])
-    pytest.fail("/metrics has no vllm:prefix_cache_hits_total")
+    (count,) = server.metric("vllm:prefix_cache_hits_total").values()
+    return count
 
 
 def test_one_prefix_cache_for_both_tasks(server: Server) -> None:
@@ -414,3 +344,24 @@ def test_truncation_keeps_the_special_tokens(server: Server) -> None:
     expected = server.reference.embed([ids])
     cut = server.embed(long, truncate_prompt_tokens=-1, truncation_side="right")
     assert cosines(torch.tensor(cut), expected).min() >= 0.9999
+
+
+@pytest.mark.parametrize(
+    ("backend", "route", "told"),
+    [
+        ("openai-chat", "/v1/chat/completions", "Mean TPOT"),
+        ("openai-embeddings", "/v1/embeddings", "Mean E2EL"),
+    ],
+)
+def test_vllms_own_benchmark(server: Server, backend: str, route: str, told: str) -> None:
+    """`vllm bench serve`, of either task."""
+    command = [VLLM, "bench", "serve", "--backend", backend, "--base-url", server.url]
+    command += ["--endpoint", route, "--model", "gem"]
+    command += ["--tokenizer", str(server.folder), "--dataset-name", "random"]
+    command += ["--num-prompts", "12", "--random-input-len", "40", "--random-output-len", "8"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    counts = dict(re.findall(r"^(\w+ requests): +(\d+)", done.stdout, flags=re.MULTILINE))
+    assert counts["Successful requests"] == "12"
+    assert counts["Failed requests"] == "0"
+    assert told in done.stdout

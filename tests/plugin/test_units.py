@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import given
@@ -243,3 +245,18 @@ def test_the_engine_is_configured(tiny_checkpoint: Callable[..., Path]) -> None:
     assert config.model_config.is_matryoshka
     assert config.model_config.pooler_config.task == "embed"
     assert 0 < config.cache_config.kv_cache_memory_bytes <= 4 << 30
+
+
+def test_the_workers_of_a_cpu_share_what_the_kv_cache_gets(
+    tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_general_plugins()
+    folder = str(tiny_checkpoint("llama", k=4))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: Mock(available=3 << 30))
+    for options, workers in (
+        ({}, 1),
+        ({"pipeline_parallel_size": 2}, 2),
+        ({"tensor_parallel_size": 2, "data_parallel_size": 2}, 4),
+    ):
+        config = EngineArgs(model=folder, enforce_eager=True, **options).create_engine_config()
+        assert config.cache_config.kv_cache_memory_bytes == (3 << 29) // workers
