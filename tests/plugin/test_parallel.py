@@ -9,13 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
 from gem_vllm.reference import ReferenceEmbedder
 from tests.plugin.conftest import (
     EMBED,
+    cosines,
+    embeddings_of,
     free_blocks,
+    named,
     random_prompts,
     run_together,
     running_engine,
@@ -24,6 +29,7 @@ from tests.plugin.conftest import (
 from tests.plugin.random_load import RandomLoad, check, run_load
 
 LIMIT = 512
+GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
 HEADS = {"num_attention_heads": 4}
 OF_ENGINE: dict[str, dict[str, Any]] = {
     "tensor": {"tensor_parallel_size": 2},
@@ -59,9 +65,17 @@ def a_core_each(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_two_workers(
-    how: str, family: str, kv_heads: int, k: int, tiny_checkpoint: Callable[..., Path]
+    how: str,
+    family: str,
+    kv_heads: int,
+    k: int,
+    tiny_checkpoint: Callable[..., Path],
+    tiny_base: Callable[..., Path],
 ) -> None:
-    folder = tiny_checkpoint(family, k=k, **HEADS, num_key_value_heads=kv_heads)
+    shape = {**HEADS, "num_key_value_heads": kv_heads}
+    folder = tiny_checkpoint(family, k=k, **shape)
+    questions, texts = random_prompts([5, 40], seed=1), random_prompts([1, 30, 130, 200])
+    requests = named("text", texts, EMBED) | named("chat", questions, GREEDY)
     load = RandomLoad(ReferenceEmbedder(folder), LIMIT, seed=4, abort_share=0.1)
     options = {"max_model_len": LIMIT, "distributed_executor_backend": "mp", **OF_ENGINE[how]}
     with running_engine(folder, **options) as llm:
@@ -71,6 +85,15 @@ def test_two_workers(
         run_together(llm, {"last": ([5, 6], EMBED)})
         assert (free_blocks(llm), llm.collective_rpc(held_by)) == before
         assert not scheduler_of(llm).requests
+        outputs = run_together(llm, requests)
+    found = embeddings_of(outputs, len(texts))
+    assert cosines(found, load.reference.embed(texts)).min() >= 0.9999
+    base = AutoModelForCausalLM.from_pretrained(tiny_base(family, **shape), dtype=torch.float32)
+    for i, question in enumerate(questions):
+        expected = base.generate(
+            torch.tensor([question]), do_sample=False, max_new_tokens=8, eos_token_id=None
+        )
+        assert outputs[f"chat-{i}"].outputs[0].token_ids == expected[0, len(question) :].tolist()
 
 
 def test_structured_output_from_a_pipeline(tiny_checkpoint: Callable[..., Path]) -> None:
@@ -79,8 +102,8 @@ def test_structured_output_from_a_pipeline(tiny_checkpoint: Callable[..., Path])
     params = SamplingParams(
         temperature=0.0, max_tokens=12, structured_outputs=StructuredOutputsParams(regex=pattern)
     )
-    texts = {f"text-{i}": (ids, EMBED) for i, ids in enumerate(random_prompts([1, 60, 130]))}
-    chats = {f"chat-{i}": (ids, params) for i, ids in enumerate(random_prompts([9, 90], seed=1))}
+    texts = named("text", random_prompts([1, 60, 130]), EMBED)
+    chats = named("chat", random_prompts([9, 90], seed=1), params)
     with running_engine(
         tiny_checkpoint("llama", k=4),
         max_model_len=256,

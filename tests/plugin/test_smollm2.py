@@ -21,7 +21,7 @@ from tests.tiny import make_tiny_checkpoint
 
 EMULATED = serve_dtype() != "auto"
 needs_bfloat16 = pytest.mark.skipif(
-    EMULATED, reason="this CPU emulates bfloat16, a hundred times slower than float32"
+    EMULATED, reason="this CPU emulates bfloat16: a test takes minutes"
 )
 ROOT = Path(__file__).parents[2]
 LIMIT = 512
