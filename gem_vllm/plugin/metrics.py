@@ -7,8 +7,9 @@
     gem_generation_tokens_total
 
 Scheduler and `/metrics` live in two processes. What travels between them is vLLM's
-`SchedulerStats`; its one open table of integers, `num_kv_fetch_reqs_by_stage`, carries the step
-counts, and the stat logger below (entry point `vllm.stat_logger_plugins`) takes them out again.
+`SchedulerStats`; a table of integers in it, `waiting_lora_adapters`, which the scheduler leaves
+empty, carries the step counts, and the stat logger below (entry point `vllm.stat_logger_plugins`,
+asked before vLLM's own) takes them out again.
 Metrics go to Prometheus' registry, or to Ray's where the engine is a replica on Ray Serve.
 """
 
@@ -39,12 +40,12 @@ _KEY = "gem_steps:"
 def attach_step_counts(stats: SchedulerStats, counts: Mapping[str, int]) -> None:
     """Put `counts` (step kind to number of steps) into `stats`."""
     for kind, count in counts.items():
-        stats.num_kv_fetch_reqs_by_stage[_KEY + kind] = count
+        stats.waiting_lora_adapters[_KEY + kind] = count
 
 
 def take_step_counts(stats: SchedulerStats) -> dict[str, int]:
     """Remove the counts from `stats` and return them; empty for an engine without GEM."""
-    table = stats.num_kv_fetch_reqs_by_stage
+    table = stats.waiting_lora_adapters
     return {kind: table.pop(_KEY + kind) for kind in STEP_KINDS if _KEY + kind in table}
 
 

@@ -61,13 +61,13 @@ def test_the_extras_ask_for_the_supported_vllm(project: dict[str, Any]) -> None:
     assert pin.version in SpecifierSet(compat.SUPPORTED_VLLM)
 
 
-@pytest.mark.parametrize("version", ["0.32.0", "0.32.0+cpu", "0.32.5"])
+@pytest.mark.parametrize("version", ["0.31.0+cpu", "0.32.0", "0.32.0+cpu", "0.32.5"])
 def test_supported_versions_pass(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compat, "installed_vllm", lambda: version)
     compat.check_vllm_version()
 
 
-@pytest.mark.parametrize("version", ["0.31.9", "0.33.0", "0.33.0+cpu", None])
+@pytest.mark.parametrize("version", ["0.30.9", "0.33.0", "0.33.0+cpu", None])
 def test_other_versions_are_refused_with_the_range(
     version: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

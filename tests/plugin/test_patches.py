@@ -103,7 +103,7 @@ def test_a_vanished_target_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         patches.apply_all()
 
 
-@pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "1.0"])
+@pytest.mark.parametrize("version", ["0.30.2", "0.33.0", "1.0"])
 def test_other_vllm_versions_are_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compat, "installed_vllm", lambda: version)
     with pytest.raises(GemError, match=re.escape(compat.SUPPORTED_VLLM)):

