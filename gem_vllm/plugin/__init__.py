@@ -9,7 +9,7 @@
 | `prompt_embedding` | a prompt's embedding with its answer | patch `embedding-with-answer` |
 | `validation` | refusal of bad requests | patch `reserved-token-ids` |
 | `worker`, `runner` | embedding requests in generating batches | `parallel_config.worker_cls` |
-| `runs`, `attention` | the GEM mask in paged attention | `register_backend` |
+| `runs`, `attention`, `cpu_`, `flash_attention` | the GEM mask, paged | `register_backend` |
 | `lora` | the adapter at special positions | the linear layers' `quant_method` |
 | `pooler` | special tokens' hidden states to an embedding | called by `runner` |
 | `metrics` | Prometheus counter of step kinds | `vllm.stat_logger_plugins` |

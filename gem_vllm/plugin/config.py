@@ -10,6 +10,8 @@ from vllm.config import CacheConfig, PoolerConfig, VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
+from vllm.utils.torch_utils import is_quantized_kv_cache
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from gem_vllm.config import GemConfig
 
@@ -45,6 +47,7 @@ class GemModelConfig(VerifyAndUpdateConfig):
         vllm_config.parallel_config.worker_cls = WORKER
         vllm_config.scheduler_config.scheduler_cls = SCHEDULER
         if current_platform.is_cuda_alike():
+            take_flash_attention(vllm_config)
             _stay_on_tested_paths(vllm_config)
         if current_platform.is_cpu():
             _bound_cpu_kv_cache(vllm_config)
@@ -85,11 +88,33 @@ def _refuse_unsupported(vllm_config: VllmConfig, gem_config: GemConfig) -> None:
         )
     if not (current_platform.is_cpu() or current_platform.is_cuda_alike()):
         raise ValueError("GEM checkpoints are served on vLLM's CPU and CUDA platforms only.")
-    if current_platform.is_cuda_alike() and gem_config.k > 1:
+
+
+def take_flash_attention(vllm_config: VllmConfig) -> None:
+    """The backend that has the GEM mask on CUDA (`gem_vllm.plugin.flash_attention`).
+
+    Raises:
+        ValueError: another is asked for, or what it cannot do under the mask.
+    """
+    attention, cache = vllm_config.attention_config, vllm_config.cache_config
+    if attention.backend not in (None, AttentionBackendEnum.FLASH_ATTN):
         raise ValueError(
-            f"This checkpoint has k = {gem_config.k} special tokens; on CUDA this version serves "
-            "k = 1. Use the CPU build, or a checkpoint trained with --special-tokens 1."
+            f"On CUDA a GEM checkpoint runs on FLASH_ATTN, not on {attention.backend.name}. "
+            "Leave --attention-backend unset."
         )
+    if attention.backend_per_kind:
+        raise ValueError("On CUDA a GEM checkpoint runs on FLASH_ATTN. Unset backend_per_kind.")
+    if is_quantized_kv_cache(cache.cache_dtype):
+        raise ValueError(
+            f"On CUDA a GEM checkpoint's KV cache is not quantized ({cache.cache_dtype}). "
+            "Leave --kv-cache-dtype unset."
+        )
+    if vllm_config.parallel_config.decode_context_parallel_size > 1:
+        raise ValueError(
+            "With context parallelism no rank has whole KV blocks, at which the GEM mask starts. "
+            "Leave --decode-context-parallel-size at 1."
+        )
+    attention.backend = AttentionBackendEnum.FLASH_ATTN
 
 
 def _stay_on_tested_paths(vllm_config: VllmConfig) -> None:
@@ -130,8 +155,8 @@ def _bound_cpu_kv_cache(vllm_config: VllmConfig) -> None:
 def _shrink_cpu_blocks(cache_config: CacheConfig) -> None:
     """KV blocks of 32 tokens instead of 128, the smallest that the CPU kernel takes.
 
-    The special tokens' attention copies blocks (`gem_vllm.plugin.attention`); with short texts most
-    of a large block is copied for nothing.
+    The special tokens' attention copies blocks (`gem_vllm.plugin.cpu_attention`); with short texts
+    most of a large block is copied for nothing.
     """
     if not cache_config.user_specified_block_size:
         cache_config.block_size = CPU_BLOCK_SIZE

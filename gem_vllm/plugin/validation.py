@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
-from vllm.platforms import current_platform
 
 from gem_vllm.config import GemConfig, special_token
 from gem_vllm.errors import GemError
@@ -88,11 +87,6 @@ def _check_runs(request: Any, gem_config: GemConfig, from_text: bool) -> None:
             f"The prompt's text spells the reserved GEM token "
             f"{special_token(special_ids.index(token_id))} (token {position}). Take it out. (The "
             "server adds these tokens to embedding requests itself.)"
-        )
-    if not current_platform.is_cpu():
-        raise VLLMValidationError(
-            "Special tokens inside a prompt are served on the CPU build only, for now. Send the "
-            "text as it is."
         )
     try:
         check_runs(prompt, special_ids)

@@ -30,10 +30,13 @@ pytestmark = [
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
 
 
+@pytest.mark.parametrize("k", [1, 4])
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma3"])
-def test_bfloat16_alone_and_mixed(family: str, tiny_checkpoint: Callable[..., Path]) -> None:
-    folder = tiny_checkpoint(family, k=1)
-    prompts = random_prompts([1, 2, 15, 16, 17, 127, 128, 255])
+def test_bfloat16_alone_and_mixed(
+    family: str, k: int, tiny_checkpoint: Callable[..., Path]
+) -> None:
+    folder = tiny_checkpoint(family, k=k)
+    prompts = random_prompts([1, 2, 15, 16, 17, 127, 128, 256 - k])
     expected = ReferenceEmbedder(folder).embed(prompts)
     with running_engine(folder, max_model_len=256, dtype="bfloat16") as llm:
         # Twice: the second time from the prefix cache.
@@ -45,3 +48,26 @@ def test_bfloat16_alone_and_mixed(family: str, tiny_checkpoint: Callable[..., Pa
         )
         assert step_counts(llm)["mixed"] > 0
     assert cosines(embeddings_of(outputs, len(prompts)), expected).min() >= 0.999
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_text_with_runs_in_it(family: str, tiny_checkpoint: Callable[..., Path]) -> None:
+    """Special tokens inside a prompt, and rows behind them, in chunks and from the prefix cache."""
+    folder = tiny_checkpoint(family, k=4)
+    reference = ReferenceEmbedder(folder)
+    special_ids = list(reference.gem_config.special_token_ids)
+    prompts = [
+        [*a, *special_ids, *b, *special_ids, *c]
+        for a, b, c in zip(
+            random_prompts([5, 16, 40], seed=1),
+            random_prompts([3, 33, 16], seed=2),
+            random_prompts([9, 1, 60], seed=3),
+            strict=True,
+        )
+    ]
+    states = [reference.hidden_states(prompt + special_ids)[-4:].mean(0) for prompt in prompts]
+    with running_engine(
+        folder, max_model_len=256, dtype="bfloat16", max_num_batched_tokens=48
+    ) as llm:
+        for _ in range(2):
+            assert cosines(embed(llm, prompts), torch.stack(states)).min() >= 0.999
