@@ -7,11 +7,13 @@ given up; afterwards the engine holds nothing of any of them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from vllm import LLM, SamplingParams
@@ -160,6 +162,11 @@ SAMPLING = {
 }  # fmt: skip
 
 
+# Before, a seeded generator moved on by the size of the vocabulary with every token, on a CPU; and
+# the special tokens are in that.
+NOISE_IS_OF_THE_TOKEN = Version(version("vllm")) >= Version("0.32")
+
+
 def told(output: Any) -> list[Any]:
     """What a user is told of a generation, logprobs rounded."""
 
@@ -186,6 +193,8 @@ def test_sampling_options_beside_embeddings(
         expected = run_together(plain, requests)
     with running_engine(tiny_checkpoint("llama", k=4), max_model_len=256) as llm:
         found = run_together(llm, {**texts, **requests})
+        if not NOISE_IS_OF_THE_TOKEN:
+            expected |= run_together(llm, {"n": requests["n"]})
     for name in SAMPLING:
         assert told(found[name]) == told(expected[name]), name
 
