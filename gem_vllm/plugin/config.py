@@ -48,7 +48,7 @@ class GemModelConfig(VerifyAndUpdateConfig):
         vllm_config.scheduler_config.scheduler_cls = SCHEDULER
         if current_platform.is_cuda_alike():
             take_flash_attention(vllm_config)
-            _stay_on_tested_paths(vllm_config)
+            _take_v1_runner(vllm_config)
         if current_platform.is_cpu():
             _bound_cpu_kv_cache(vllm_config)
             if gem_config.k > 1:
@@ -117,17 +117,14 @@ def take_flash_attention(vllm_config: VllmConfig) -> None:
     attention.backend = AttentionBackendEnum.FLASH_ATTN
 
 
-def _stay_on_tested_paths(vllm_config: VllmConfig) -> None:
-    """On CUDA: the V1 model runner, without compilation and CUDA graphs."""
+def _take_v1_runner(vllm_config: VllmConfig) -> None:
+    """On CUDA: the V1 model runner, which `gem_vllm.plugin.runner` extends."""
     if vllm_config.use_v2_model_runner:
         if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
             raise ValueError(
                 "GEM checkpoints run on vLLM's V1 model runner. Unset VLLM_USE_V2_MODEL_RUNNER."
             )
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
-    if not vllm_config.model_config.enforce_eager:
-        logger.warning("GEM checkpoints run eagerly on CUDA for now, as with --enforce-eager.")
-        vllm_config.model_config.enforce_eager = True
 
 
 def _bound_cpu_kv_cache(vllm_config: VllmConfig) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
-from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.attention.backends import flash_attn
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionBackend,
@@ -112,6 +112,8 @@ class GemFlashAttentionMetadata(FlashAttentionMetadata):
 class GemFlashAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
     """Parts sequences where a run ends; plans the second call."""
 
+    # A graph of steps that are no plain decoding would hold block tables that start elsewhere.
+    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
     # Another layer group's tables cannot be put into segments and special rows.
     supports_update_block_table = False
 

@@ -141,6 +141,21 @@ class GemModelRunner(_Runner):
             )
         return prepared
 
+    def _determine_batch_execution_and_padding(self, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's choice of a CUDA graph, of those that compute what this step is.
+
+        Graphs are captured without special tokens, whose number changes from step to step: a step
+        that has any runs without. Where sequences go on behind a run, the graph is one that leaves
+        attention out (piecewise), as their block tables are not those of the batch. A step of
+        neither kind, such as ordinary decoding, has all graphs that vLLM has.
+        """
+        step = gem_step.current()
+        if step is not None:
+            kwargs["force_eager"] = kwargs.get("force_eager", False) or len(step.rows) > 0
+            kwargs["force_uniform_decode"] = False
+            kwargs["allow_microbatching"] = False
+        return super()._determine_batch_execution_and_padding(*args, **kwargs)
+
     def _leave_padding_out_of_positions(self, num_tokens: int) -> None:
         """Positions count up as if there were no padding; slots, which are set by now, count it."""
         if self._gem_step is not None and self._gem_step.position_shift is not None:

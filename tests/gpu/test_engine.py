@@ -71,3 +71,34 @@ def test_text_with_runs_in_it(family: str, tiny_checkpoint: Callable[..., Path])
     ) as llm:
         for _ in range(2):
             assert cosines(embed(llm, prompts), torch.stack(states)).min() >= 0.999
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_compiled_and_with_cuda_graphs(k: int, tiny_checkpoint: Callable[..., Path]) -> None:
+    """As `vllm serve` runs: embeddings, chats alone, both at once, and chats behind runs."""
+    folder = tiny_checkpoint("llama", k=k)
+    reference = ReferenceEmbedder(folder)
+    special_ids = list(reference.gem_config.special_token_ids)
+    texts = random_prompts([1, 2, 15, 16, 17, 127, 128, 250])
+    questions = random_prompts([5, 40, 130], seed=1)
+    behind = [[*question, *special_ids, 7, 8] for question in questions]
+    requests = [
+        named("chat", questions, GREEDY),
+        named("text", texts, EMBED) | named("chat", questions, GREEDY),
+        named("text", texts, EMBED) | named("chat", behind, GREEDY),
+    ]
+    found = {}
+    for eager in (True, False):
+        with running_engine(
+            folder, max_model_len=256, dtype="bfloat16", enforce_eager=eager
+        ) as llm:
+            found[eager] = [run_together(llm, some) for some in requests]
+    for outputs in found[False][1:]:
+        texts_found = embeddings_of(outputs, len(texts))
+        assert cosines(texts_found, reference.embed(texts)).min() >= 0.999
+    # A graph that is not of its step gives other tokens from the first on.
+    for eager, compiled in zip(found[True], found[False], strict=True):
+        for name in eager:
+            if name.startswith("chat"):
+                first = [outputs[name].outputs[0].token_ids[:2] for outputs in (eager, compiled)]
+                assert first[0] == first[1], name

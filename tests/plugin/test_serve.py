@@ -297,7 +297,12 @@ def test_an_answer_with_its_prompts_embedding(server: Server) -> None:
         ),
         ("/v1/completions", {"prompt": "a", "gem": {"compress": "yes"}}, 400, "is true or false"),
         ("/v1/completions", {"prompt": "a", "gem": {"embeds": True}}, 400, "takes compress, embed"),
-        ("/v1/completions", {"prompt": [7] * 254, "gem": {"embed": True}}, 400, "may have 252"),
+        (
+            "/v1/completions",
+            {"prompt": [7] * 254, "max_tokens": 1, "gem": {"embed": True}},
+            400,
+            "may have 252",
+        ),
         (
             "/v1/completions",
             {"prompt": "a", "gem": {"embed": True, "compress": True}},

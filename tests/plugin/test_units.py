@@ -28,6 +28,7 @@ from gem_vllm.plugin import step as gem_step
 from gem_vllm.plugin.last_layer import LastLayerMLP
 from gem_vllm.plugin.metrics import STEP_KINDS, attach_step_counts, take_step_counts
 from gem_vllm.plugin.pooler import pool_special_tokens
+from gem_vllm.plugin.runner import GemModelRunner
 from gem_vllm.plugin.runs import check_runs, find_runs, pad_runs
 from gem_vllm.plugin.scheduler import append_special_tokens
 from gem_vllm.plugin.step import GemStep
@@ -260,3 +261,38 @@ def test_the_workers_of_a_cpu_share_what_the_kv_cache_gets(
     ):
         config = EngineArgs(model=folder, enforce_eager=True, **options).create_engine_config()
         assert config.cache_config.kv_cache_memory_bytes == (3 << 29) // workers
+
+
+class GraphChoice:
+    """In the place of vLLM's runner: what it is asked to choose a CUDA graph by."""
+
+    def _determine_batch_execution_and_padding(self, **asked: Any) -> dict[str, Any]:
+        return asked
+
+
+class GemGraphChoice(GemModelRunner, GraphChoice):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("second", "expected"),
+    [
+        # Nothing of GEM: vLLM's own choice.
+        (([7] * 9, 9, 1), {}),
+        # Its special tokens are in the step.
+        (([*[7] * 9, *SPECIAL], 11, 1), {"force_eager": True}),
+        # It goes on behind them.
+        (([7, *SPECIAL, *[7] * 9], 12, 1), {"force_eager": False}),
+    ],
+)
+def test_cuda_graphs_are_of_steps_like_those_they_were_captured_in(
+    second: tuple[list[int], int, int], expected: dict[str, Any]
+) -> None:
+    if expected:
+        expected = {**expected, "force_uniform_decode": False, "allow_microbatching": False}
+    gem_step.publish(step_of(set(), ([7] * 40, 40, 1), second))
+    try:
+        asked = object.__new__(GemGraphChoice)._determine_batch_execution_and_padding(num_tokens=2)
+    finally:
+        gem_step.publish(None)
+    assert asked == {"num_tokens": 2, **expected}
