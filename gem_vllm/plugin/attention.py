@@ -15,14 +15,20 @@ table for rows behind a run, which attend to the less; nothing else.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-from gem_vllm.plugin.step import Segments
+from gem_vllm.plugin.step import GemStep, Segments, current
+
+if TYPE_CHECKING:
+    _Base = Any
+else:
+    _Base = object
 
 
 def register_attention() -> None:
@@ -39,6 +45,80 @@ def register_attention() -> None:
             AttentionBackendEnum.FLASH_ATTN,
             "gem_vllm.plugin.flash_attention.GemFlashAttentionBackend",
         )
+
+
+class MaskedMetadataBuilder(_Base):
+    """Mixin before one of vLLM's metadata builders.
+
+    Attributes:
+        metadata_class: vLLM's metadata with a field `special`, None where the causal kernel alone
+            is exact.
+    """
+
+    metadata_class: type
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> Any:
+        """vLLM's, with sequences parted where a run ends, and the second call planned."""
+        step, block_table = current(), common_attn_metadata.block_table_tensor
+        if step is not None and step.segments is not None:
+            common_attn_metadata = in_segments(common_attn_metadata, step.segments, self.block_size)
+        causal = super().build(common_prefix_len, common_attn_metadata, fast_build)
+        metadata = self.metadata_class(
+            **{field.name: getattr(causal, field.name) for field in fields(causal)}
+        )
+        if step is not None and step.needs_mask.any():
+            metadata.special = self.plan_special_rows(step, block_table)
+        return metadata
+
+    def plan_special_rows(self, step: GemStep, block_table: torch.Tensor) -> Any:
+        """What `MaskedAttention.attend_special_rows` is given in each layer.
+
+        Args:
+            step: with rows that need the mask.
+            block_table: int32 [requests, blocks] of this layer group.
+        """
+        raise NotImplementedError
+
+
+class MaskedAttention(_Base):
+    """Mixin before one of vLLM's attention implementations."""
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """vLLM's causal kernel, then the special rows once more. For shapes see there."""
+        super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
+        special = getattr(attn_metadata, "special", None)
+        if special is not None:
+            self.attend_special_rows(layer, query, key, value, kv_cache, special, output)
+        return output
+
+    def attend_special_rows(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        special: Any,
+        output: torch.Tensor,
+    ) -> None:
+        """Put into `output` what the rows in `special` see: their text and themselves."""
+        raise NotImplementedError
 
 
 def in_segments(

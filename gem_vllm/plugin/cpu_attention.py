@@ -10,13 +10,12 @@ Cost: k queries for each run, and a copy of its text's blocks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from vllm import _custom_ops as ops
 from vllm import envs
-from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
@@ -25,7 +24,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from gem_vllm.plugin import step as gem_step
-from gem_vllm.plugin.attention import in_segments
+from gem_vllm.plugin.attention import MaskedAttention, MaskedMetadataBuilder
 
 
 @dataclass
@@ -58,27 +57,12 @@ class GemCPUAttentionMetadata(CPUAttentionMetadata):
     special: SpecialRows | None = None
 
 
-class GemCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
+class GemCPUAttentionMetadataBuilder(MaskedMetadataBuilder, CPUAttentionMetadataBuilder):
     """Plans the second call for steps with runs of more than one special token."""
 
-    def build(
-        self,
-        common_prefix_len: int,
-        common_attn_metadata: CommonAttentionMetadata,
-        fast_build: bool = False,
-    ) -> GemCPUAttentionMetadata:
-        step, block_table = gem_step.current(), common_attn_metadata.block_table_tensor
-        if step is not None and step.segments is not None:
-            common_attn_metadata = in_segments(common_attn_metadata, step.segments, self.block_size)
-        causal = super().build(common_prefix_len, common_attn_metadata, fast_build)
-        metadata = GemCPUAttentionMetadata(
-            **{field.name: getattr(causal, field.name) for field in fields(causal)}
-        )
-        if step is not None and step.needs_mask.any():
-            metadata.special = self._plan(step, block_table)
-        return metadata
+    metadata_class = GemCPUAttentionMetadata
 
-    def _plan(self, step: gem_step.GemStep, block_table: torch.Tensor) -> SpecialRows:
+    def plan_special_rows(self, step: gem_step.GemStep, block_table: torch.Tensor) -> SpecialRows:
         """Lay out the scratch blocks: each text's full blocks once, the last one per row.
 
         Args:
@@ -133,39 +117,10 @@ class GemCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
         )
 
 
-class GemCPUAttentionImpl(CPUAttentionBackendImpl):
+class GemCPUAttentionImpl(MaskedAttention, CPUAttentionBackendImpl):
     """The causal kernel, then the special rows once more over their scratch blocks."""
 
-    def forward(
-        self,
-        layer: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        attn_metadata: CPUAttentionMetadata | None,
-        output: torch.Tensor,
-        output_scale: torch.Tensor | None = None,
-        output_block_scale: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """See `CPUAttentionBackendImpl.forward` for shapes."""
-        super().forward(
-            layer,
-            query,
-            key,
-            value,
-            kv_cache,
-            attn_metadata,
-            output,
-            output_scale,
-            output_block_scale,
-        )
-        special = getattr(attn_metadata, "special", None)
-        if special is not None:
-            self._special_attention(layer, query, key, value, kv_cache, special, output)
-        return output
-
-    def _special_attention(
+    def attend_special_rows(
         self,
         layer: Any,
         query: torch.Tensor,

@@ -9,12 +9,12 @@ Cost: k queries for each run, and the arithmetic of k single keys.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
-from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends import flash_attn
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionBackend,
@@ -24,7 +24,7 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 
 from gem_vllm.plugin import step as gem_step
-from gem_vllm.plugin.attention import block_tables_from, in_segments
+from gem_vllm.plugin.attention import MaskedAttention, MaskedMetadataBuilder, block_tables_from
 
 
 @dataclass
@@ -109,70 +109,29 @@ class GemFlashAttentionMetadata(FlashAttentionMetadata):
     special: SpecialRows | None = None
 
 
-class GemFlashAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
-    """Parts sequences where a run ends; plans the second call."""
+class GemFlashAttentionMetadataBuilder(MaskedMetadataBuilder, FlashAttentionMetadataBuilder):
+    """Plans the second call for steps with special tokens that need it."""
 
+    metadata_class = GemFlashAttentionMetadata
     # A graph of steps that are no plain decoding would hold block tables that start elsewhere.
     _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
     # Another layer group's tables cannot be put into segments and special rows.
     supports_update_block_table = False
 
-    def build(
-        self,
-        common_prefix_len: int,
-        common_attn_metadata: CommonAttentionMetadata,
-        fast_build: bool = False,
-    ) -> GemFlashAttentionMetadata:
-        step, block_table = gem_step.current(), common_attn_metadata.block_table_tensor
-        if step is not None and step.segments is not None:
-            common_attn_metadata = in_segments(common_attn_metadata, step.segments, self.block_size)
-        causal = super().build(common_prefix_len, common_attn_metadata, fast_build)
-        metadata = GemFlashAttentionMetadata(
-            **{field.name: getattr(causal, field.name) for field in fields(causal)}
-        )
-        if step is not None and step.needs_mask.any():
-            metadata.special = SpecialRows.of_step(step, block_table, self.block_size)
-        return metadata
+    def plan_special_rows(self, step: gem_step.GemStep, block_table: torch.Tensor) -> SpecialRows:
+        return SpecialRows.of_step(step, block_table, self.block_size)
 
     def use_cascade_attention(self, *args: Any, **kwargs: Any) -> bool:
         """Never: rows behind a run do not see the prefix that a batch shares (vLLM 0.31)."""
         return False
 
 
-class GemFlashAttentionImpl(FlashAttentionImpl):
-    """The causal kernel, then the special rows once more."""
+class GemFlashAttentionImpl(MaskedAttention, FlashAttentionImpl):
+    """The causal kernel, then the special rows once more over their texts' own blocks."""
 
-    def forward(
+    def attend_special_rows(
         self,
         layer: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        attn_metadata: FlashAttentionMetadata | None,
-        output: torch.Tensor,
-        output_scale: torch.Tensor | None = None,
-        output_block_scale: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """See `FlashAttentionImpl.forward` for shapes."""
-        super().forward(
-            layer,
-            query,
-            key,
-            value,
-            kv_cache,
-            attn_metadata,
-            output,
-            output_scale,
-            output_block_scale,
-        )
-        special = getattr(attn_metadata, "special", None)
-        if special is not None:
-            self._special_attention(query, key, value, kv_cache, special, output)
-        return output
-
-    def _special_attention(
-        self,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
