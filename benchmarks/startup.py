@@ -1,0 +1,99 @@
+"""What a GEM checkpoint adds to the start of `vllm serve`, beside its base.
+
+    python benchmarks/startup.py --model CHECKPOINT --base BASE [--rounds 5] [--out DIR]
+
+Each round starts and ends both, in turns, from the command to the first answer. A round of each
+before that fills vLLM's caches (compiled graphs, what it knows of an architecture), as every start
+but a machine's first finds them. Writes ``startup.json`` and ``startup.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from endpoint_servers import vllm_serve
+from engine_facts import commit, shown_command
+
+from gem_vllm.folders import write_json
+from gem_vllm.machine import cpu_name
+
+OPTIONS = {"max_model_len": 1024, "kv_cache_memory_bytes": 1 << 30}
+
+
+def main() -> None:
+    """Measure, report."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", type=Path, required=True, help="GEM checkpoint")
+    parser.add_argument("--base", type=Path, required=True, help="the model that it was made from")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    args = parser.parse_args()
+    folders = {"base": args.base, "GEM checkpoint": args.model}
+    seconds: dict[str, list[float]] = {name: [] for name in folders}
+    for turn in range(args.rounds + 1):
+        for name, folder in folders.items():
+            taken = start_seconds(folder)
+            print(f"{name}: {taken:.1f} s{'' if turn else ' (not counted)'}", flush=True)
+            if turn:
+                seconds[name].append(taken)
+    about = {
+        "seconds": seconds,
+        "hardware": cpu_name(),
+        "vllm": version("vllm"),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "commit": commit(),
+        "command": shown_command(sys.argv),
+    }
+    write_json(args.out / "startup.json", about)
+    (args.out / "startup.md").write_text(markdown(about), encoding="utf-8")
+
+
+def start_seconds(folder: Path) -> float:
+    """From the command to the first answer of `vllm serve`."""
+    with tempfile.TemporaryDirectory() as logs:
+        begin = time.monotonic()
+        with vllm_serve(folder, OPTIONS, Path(logs) / "server.log"):
+            return time.monotonic() - begin
+
+
+def markdown(about: Mapping[str, Any]) -> str:
+    """The table."""
+    seconds: Mapping[str, Sequence[float]] = about["seconds"]
+    median = {name: statistics.median(taken) for name, taken in seconds.items()}
+    rows = [
+        f"| {name} | {median[name]:.1f} | {min(taken):.1f} to {max(taken):.1f} |"
+        for name, taken in seconds.items()
+    ]
+    added = median["GEM checkpoint"] - median["base"]
+    return "\n".join(
+        [
+            "# The start of `vllm serve`",
+            "",
+            "From the command to the first answer, with vLLM's caches filled.",
+            "",
+            "| | median, s | from, to |",
+            "|---|---|---|",
+            *rows,
+            "",
+            f"Added: {added:+.1f} s of {median['base']:.1f} s.",
+            "",
+            f"```\n{about['command']}\n```",
+            "",
+            f"{about['hardware']}, {about['date']}; vllm {about['vllm']}; commit "
+            f"{about['commit'][:12]}{about['commit'][40:]}.",
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()
