@@ -143,10 +143,10 @@ class GemFlashAttentionImpl(MaskedAttention, FlashAttentionImpl):
             canonicalize_singleton_dim_strides(cache)
             for cache in kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
         )
-        rows = special.rows
+        rows, own_query = special.rows, query[special.rows]
         window = self.sliding_window[0]
         attended, lse = flash_attn.flash_attn_varlen_func(
-            q=query[rows],
+            q=own_query,
             k=key_cache,
             v=value_cache,
             cu_seqlens_q=special.query_start_loc,
@@ -166,7 +166,7 @@ class GemFlashAttentionImpl(MaskedAttention, FlashAttentionImpl):
         output[rows] = with_own_key(
             attended,
             lse,
-            query[rows],
+            own_query,
             key[rows],
             value[rows],
             scale=self.scale,
