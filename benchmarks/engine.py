@@ -1,11 +1,11 @@
-"""One GEM engine against plain vLLM and transformers, in one run on the CPU cores of one machine.
+"""One GEM engine against plain vLLM and transformers, in one run on one machine.
 
     python benchmarks/engine.py --checkpoint DIR --base DIR            # about 20 minutes, 2 cores
     python benchmarks/engine.py --checkpoint DIR --base DIR --quick    # a few minutes, to try it
 
 ``--checkpoint`` is a GEM checkpoint, ``--base`` the model that it was made from. Writes
-``engine.json`` and ``engine.md`` (``engine-quick.*``) to ``--out``. What is measured, and how, is
-in README.md beside this file.
+``engine.json`` and ``engine.md`` to ``--out`` (``engine-cuda.*`` on a GPU, ``-quick.*`` of quick
+runs). What is measured, and how, is in README.md beside this file.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 from engine_facts import commit, read_texts, shown_command, weight_bytes
 from engine_loads import (
-    EMBEDDINGS_IN_FLIGHT,
-    FIRST_AMOUNTS,
+    CPU,
+    CUDA,
     FULL,
     MIXED_TEXTS,
     QUICK,
@@ -38,26 +39,15 @@ from engine_loads import (
     tasks_of,
 )
 from engine_peer import TRANSFORMERS_BATCH, Peer
-from engine_report import GENERATIONS, MIXED_TARGETS, PEER_OF, UNITS, markdown, mixed_name, ratios
+from engine_report import MIXED_TARGETS, PEER_OF, UNITS, markdown, mixed_name, ratios
 
 from gem_vllm.config import GemConfig
 from gem_vllm.demo.processes import terminated_like_interrupted
 from gem_vllm.errors import GemError
-from gem_vllm.machine import cpu_name, serve_dtype
+from gem_vllm.machine import cpu_name, has_cuda, serve_dtype
 
 ROOT = Path(__file__).resolve().parents[1]
-# A vLLM worker spins for a second behind its last step before it sleeps.
-SETTLE_SECONDS = 1.5
 ADAPTER_FOLDER = "gem_adapter"
-CONTEXT = 512
-# As `vllm serve` does on a CPU, but without the prefix cache: every text is computed.
-ENGINE_OPTIONS: dict[str, Any] = {
-    "max_num_batched_tokens": 2048,
-    "max_num_seqs": 128,
-    "max_model_len": CONTEXT,
-    "kv_cache_memory_bytes": 1 << 30,
-    "enable_prefix_caching": False,
-}
 
 
 def main() -> None:
@@ -68,7 +58,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     with terminated_like_interrupted(), ExitStack() as stack:
         result = Run(args, cores, stack).measure()
-    name = "engine-quick" if args.quick else "engine"
+    name = "engine" + "-cuda" * has_cuda() + "-quick" * args.quick
     (args.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     (args.out / f"{name}.md").write_text(markdown(result), encoding="utf-8")
     for key, value in ratios(result).items():
@@ -89,8 +79,6 @@ def parse_arguments() -> argparse.Namespace:
 
 def check(args: argparse.Namespace, cores: list[int]) -> None:
     """Raise GemError for what cannot be measured, before anything is started."""
-    import torch
-
     GemConfig.from_pretrained(args.checkpoint)
     if not any(args.base.glob("*.safetensors")):
         raise GemError(f"{args.base} holds no *.safetensors; --base is a Hugging Face model folder")
@@ -98,8 +86,6 @@ def check(args: argparse.Namespace, cores: list[int]) -> None:
         raise GemError(f"{args.base} is a GEM checkpoint; --base is what it was made from")
     if args.rounds < 1:
         raise GemError(f"--rounds is {args.rounds}; take 10 or more for figures to quote")
-    if torch.cuda.is_available():
-        raise GemError("this machine has a GPU; the benchmark divides the cores of a CPU")
     if len(cores) < 2:
         raise GemError("two engines side by side need two cores; this process may use one")
 
@@ -116,12 +102,13 @@ class Run:
     def __init__(self, args: argparse.Namespace, cores: list[int], stack: ExitStack) -> None:
         self.args, self.cores = args, cores
         self.size = QUICK if args.quick else FULL
+        self.device = CUDA if has_cuda() else CPU
         self.folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         self.stack = stack
         self.started = time.monotonic()
         self.setup = {
             "dtype": serve_dtype(),
-            "options": ENGINE_OPTIONS,
+            "options": self.device.options,
             "max_tokens": self.size.max_tokens,
             **read_texts(args.base),
         }
@@ -139,7 +126,7 @@ class Run:
             }
             solo = self.measure_solo(peers, per_second)
         gem, half = peers["gem"], len(self.cores) // 2
-        self.say("starting two engines of plain vLLM, on half of the cores each")
+        self.say("starting two engines of plain vLLM, which share the machine")
         two = {
             "pooling": self.start(self.stack, "pooling", self.cores[:half], "-half"),
             "generating": self.start(self.stack, "generating", self.cores[half:], "-half"),
@@ -170,19 +157,23 @@ class Run:
             self.say(f"{peer.name} has loaded")
         for kind, peer in peers.items():
             for task in tasks_of(kind):
-                self.run_load({peer: solo_load(task, FIRST_AMOUNTS[task])})
+                self.run_load({peer: self.solo_load(task, self.device.first_amounts[task])})
 
     def rate(self, peer: Peer, task: str) -> float:
         """Texts or completions per second of a task alone, to choose the size of a turn by."""
-        amount = FIRST_AMOUNTS[task]
-        return amount / self.run_load({peer: solo_load(task, amount)})
+        amount = self.device.first_amounts[task]
+        return amount / self.run_load({peer: self.solo_load(task, amount)})
+
+    def solo_load(self, task: str, amount: int) -> dict[str, Any]:
+        """A task alone, with as many requests in flight as this device takes."""
+        return solo_load(task, amount, self.device.generations)
 
     def run_load(self, loads: dict[Peer, dict[str, Any]]) -> float:
         """Run one load on each peer, at the same time; seconds until the last has ended."""
         for peer, load in loads.items():
             peer.send(load)
         seconds = max(peer.receive()["seconds"] for peer in loads)
-        time.sleep(SETTLE_SECONDS)
+        time.sleep(self.device.settle_seconds)
         return float(seconds)
 
     def measure_solo(
@@ -193,10 +184,12 @@ class Run:
         for round_ in range(self.args.rounds):
             for task, of_task in rates.items():
                 turn = [kind for kind in peers if task in tasks_of(kind)]
-                amount = solo_amount(task, per_second[task], self.size.solo_seconds)
+                amount = solo_amount(
+                    task, per_second[task], self.size.solo_seconds, self.device.generations
+                )
                 unit = self.size.max_tokens if task == "generate" else 1
                 for kind in turn if round_ % 2 == 0 else reversed(turn):
-                    seconds = self.run_load({peers[kind]: solo_load(task, amount)})
+                    seconds = self.run_load({peers[kind]: self.solo_load(task, amount)})
                     of_task.setdefault(kind, []).append(round(amount * unit / seconds, 3))
                 shown = ", ".join(f"{kind} {of_task[kind][-1]:.1f}" for kind in turn)
                 self.say(f"round {round_ + 1}: {task}, {UNITS[task]}: {shown}")
@@ -212,7 +205,7 @@ class Run:
             mixed[share] = {"texts": amounts[0], "completions": amounts[1], "one": [], "two": []}
         for round_ in range(self.args.rounds):
             for share, work in mixed.items():
-                load = mixed_loads(work["texts"], work["completions"])
+                load = mixed_loads(work["texts"], work["completions"], self.device)
                 setups = {
                     "one": {gem: load["one"]},
                     "two": {two["pooling"]: load["embed"], two["generating"]: load["generate"]},
@@ -240,7 +233,9 @@ class Run:
         k = GemConfig.from_pretrained(self.args.checkpoint).k
         packages = ("gem-vllm", "vllm", "torch", "transformers")
         return {
-            "hardware": f"{cpu_name()}, cores {self.cores}, "
+            "hardware": f"{torch.cuda.get_device_name()}; "
+            * has_cuda()
+            + f"{cpu_name()}, {len(self.cores)} cores, "
             f"{psutil.virtual_memory().total / 2**30:.0f} GiB of memory",
             "command": shown_command(sys.argv),
             "commit": commit(),
@@ -249,16 +244,16 @@ class Run:
             "date": datetime.now(UTC).strftime("%Y-%m-%d"),
             "checkpoint": f"{self.args.checkpoint.name}, k = {k}; base: {self.args.base.name}",
             "dtype": self.setup["dtype"],
-            "engines": ", ".join(f"{key}={value}" for key, value in ENGINE_OPTIONS.items()),
+            "engines": ", ".join(f"{key}={value}" for key, value in self.device.options.items()),
             "turns": f"work that takes plain vLLM about {size.solo_seconds:.0f} s",
             "embedding alone": "all texts given at once; "
             f"transformers in batches of {TRANSFORMERS_BATCH}, sorted by length",
-            "generation": f"{GENERATIONS} at once, prompts of about 30 tokens, "
+            "generation": f"{self.device.generations} at once, prompts of about 30 tokens, "
             f"{size.max_tokens} tokens each, greedy",
             "mixed load": f"work that takes plain vLLM about {size.mixed_seconds:.0f} s, each "
             f"task alone on all cores, divided as the share says; the texts of {MIXED_TEXTS!r}; "
-            f"{EMBEDDINGS_IN_FLIGHT} texts and {GENERATIONS} completions in flight; time until "
-            "both kinds are done",
+            f"{self.device.embeddings} texts and {self.device.generations} completions in flight; "
+            "time until both kinds are done",
             "rounds": str(self.args.rounds),
             "minutes": f"{(time.monotonic() - self.started) / 60:.1f}",
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shlex
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -90,7 +91,12 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Sequence[int], str]]:
 
 
 def commit() -> str:
-    """The checkout's commit, with a note where files, results apart, differ from it."""
+    """The checkout's commit, with a note where files, results apart, differ from it.
+
+    A copy without its history is told by `GEM_VLLM_COMMIT`.
+    """
+    if told := os.environ.get("GEM_VLLM_COMMIT"):
+        return told
 
     def git(*command: str) -> str:
         done = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True)

@@ -170,7 +170,8 @@ def transformers_peer(setup: dict[str, Any]) -> Callable[[dict[str, Any]], float
     tokenizer = AutoTokenizer.from_pretrained(setup["model"], padding_side="right")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model = AutoModel.from_pretrained(setup["model"], dtype=setup["dtype"])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModel.from_pretrained(setup["model"], dtype=setup["dtype"]).to(device)
 
     @torch.inference_mode()
     def run(load: dict[str, Any]) -> float:
@@ -183,11 +184,11 @@ def transformers_peer(setup: dict[str, Any]) -> Callable[[dict[str, Any]], float
                 texts[first : first + TRANSFORMERS_BATCH],
                 padding=True,
                 return_tensors="pt",
-            )
+            ).to(device)
             states = model(**batch, use_cache=False).last_hidden_state
             mask = batch["attention_mask"].unsqueeze(-1)
             mean = (states * mask).sum(dim=1) / mask.sum(dim=1)
-            torch.nn.functional.normalize(mean, dim=-1)
+            torch.nn.functional.normalize(mean, dim=-1).cpu()
         return time.perf_counter() - start
 
     return run

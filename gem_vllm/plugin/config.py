@@ -30,7 +30,7 @@ class GemModelConfig(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
-        """Refuse what cannot work, then set pooler, worker and scheduler.
+        """Refuse what cannot work, then set worker and scheduler.
 
         Raises:
             ValueError: an option that a GEM engine cannot honour; the message says which.
@@ -43,7 +43,6 @@ class GemModelConfig(VerifyAndUpdateConfig):
             model_config.get_hidden_size()
         )
         model_config.hf_config.is_matryoshka = True
-        model_config.pooler_config = PoolerConfig(task="embed")
         vllm_config.parallel_config.worker_cls = WORKER
         vllm_config.scheduler_config.scheduler_cls = SCHEDULER
         if current_platform.is_cuda_alike():
@@ -53,6 +52,15 @@ class GemModelConfig(VerifyAndUpdateConfig):
             _bound_cpu_kv_cache(vllm_config)
             if gem_config.k > 1:
                 _shrink_cpu_blocks(vllm_config.cache_config)
+
+    @staticmethod
+    def set_pooler(vllm_config: VllmConfig) -> None:
+        """Let the engine take embedding requests; when all else is configured.
+
+        To vLLM a model with a pooler config is one that only pools, and has no full CUDA graphs
+        (patch `graphs-beside-pooling`).
+        """
+        vllm_config.model_config.pooler_config = PoolerConfig(task="embed")
 
 
 def _refuse_unsupported(vllm_config: VllmConfig, gem_config: GemConfig) -> None:
@@ -66,6 +74,8 @@ def _refuse_unsupported(vllm_config: VllmConfig, gem_config: GemConfig) -> None:
         raise ValueError("A GEM checkpoint brings its own worker. Leave --worker-cls unset.")
     if vllm_config.scheduler_config.scheduler_cls not in (None, SCHEDULER):
         raise ValueError("A GEM checkpoint brings its own scheduler. Leave --scheduler-cls unset.")
+    if model_config.pooler_config is not None:
+        raise ValueError("A GEM checkpoint says itself how it pools. Leave --pooler-config unset.")
     if vllm_config.speculative_config is not None:
         raise ValueError(
             "Speculative decoding is not supported with a GEM checkpoint. "

@@ -67,6 +67,27 @@ def _patch_config_hook() -> None:
         MODELS_CONFIG_MAP[architecture] = GemModelConfig
 
 
+def _patch_graphs_beside_pooling() -> None:
+    from vllm.config import VllmConfig
+
+    from gem_vllm.plugin.config import GemModelConfig
+
+    original = VllmConfig.__post_init__
+    _expect(
+        "pooler_config is not None" in inspect.getsource(original),
+        "graphs-beside-pooling",
+        "VllmConfig.__post_init__ does not look at pooler_config",
+    )
+
+    @functools.wraps(original)
+    def __post_init__(self: Any) -> None:
+        original(self)
+        if self.model_config is not None and gem_config_of(self.model_config) is not None:
+            GemModelConfig.set_pooler(self)
+
+    VllmConfig.__post_init__ = __post_init__
+
+
 def _patch_offline_pooling() -> None:
     from vllm.entrypoints.pooling.offline import PoolingOfflineMixin
 
@@ -230,9 +251,17 @@ LEDGER = (
         name="config-hook",
         target="vllm.model_executor.models.config.MODELS_CONFIG_MAP",
         why="An out-of-tree architecture cannot say how its engine is to be configured; ours needs "
-        "its own worker and scheduler, and a pooler config on a generate runner.",
+        "its own worker and scheduler.",
         needless_when="ModelRegistry.register_model takes a VerifyAndUpdateConfig class.",
         apply=_patch_config_hook,
+    ),
+    Patch(
+        name="graphs-beside-pooling",
+        target="vllm.config.VllmConfig.__post_init__",
+        why="An engine whose model has a pooler config gets no full CUDA graphs, which decoding is "
+        "slow without; embedding requests need one. So it is set when the graphs are chosen.",
+        needless_when="that check looks at the runner type, which here is `generate`.",
+        apply=_patch_graphs_beside_pooling,
     ),
     Patch(
         name="offline-pooling",

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 import pytest
+from vllm.config import VllmConfig
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.pooling.base.io_processor import PoolingIOProcessor
@@ -26,6 +27,7 @@ from gem_vllm.plugin.config import GemModelConfig
 
 NAMES = {
     "config-hook",
+    "graphs-beside-pooling",
     "offline-pooling",
     "embedding-inputs",
     "reserved-token-ids",
@@ -56,6 +58,7 @@ def test_config_hook_is_in_place() -> None:
 @pytest.mark.parametrize(
     ("owner", "attribute"),
     [
+        (VllmConfig, "__post_init__"),
         (PoolingOfflineMixin, "__init__"),
         (PoolingIOProcessor, "render"),
         (InputProcessor, "process_inputs"),
@@ -76,6 +79,7 @@ def test_function_is_wrapped_once(owner: type, attribute: str) -> None:
 @pytest.mark.parametrize(
     ("owner", "attribute", "patch"),
     [
+        (VllmConfig, "__post_init__", "_patch_graphs_beside_pooling"),
         (InputProcessor, "process_inputs", "_patch_reserved_token_ids"),
         (PoolingIOProcessor, "render", "_patch_embedding_inputs"),
         (PoolingOfflineMixin, "_verify_pooling_task", "_patch_offline_pooling"),

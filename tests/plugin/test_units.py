@@ -14,7 +14,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from vllm import PoolingParams
+from vllm.config import PoolerConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
 from vllm.plugins import load_general_plugins
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
@@ -222,6 +224,10 @@ def test_step_counts_travel_and_leave_nothing_behind() -> None:
         ({"max_model_len": 5}, "leaves no room for text"),
         ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "its own scheduler"),
         (
+            {"pooler_config": PoolerConfig(task="embed")},
+            "Leave --pooler-config unset",
+        ),
+        (
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
             "Speculative decoding is not supported",
         ),
@@ -246,6 +252,23 @@ def test_the_engine_is_configured(tiny_checkpoint: Callable[..., Path]) -> None:
     assert config.model_config.is_matryoshka
     assert config.model_config.pooler_config.task == "embed"
     assert 0 < config.cache_config.kv_cache_memory_bytes <= 4 << 30
+
+
+def test_full_graphs_are_kept(
+    tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pooler config would cost them, were it there when vLLM chooses (as on CUDA it does)."""
+    load_general_plugins()
+    platform = type(current_platform)
+    monkeypatch.setattr(platform, "support_static_graph_mode", classmethod(lambda cls: True))
+    monkeypatch.setattr(platform, "check_and_update_config", classmethod(lambda cls, config: None))
+    args = EngineArgs(
+        model=str(tiny_checkpoint("llama", k=4)),
+        compilation_config={"mode": 3, "cudagraph_mode": "FULL_AND_PIECEWISE"},
+    )
+    config = args.create_engine_config()
+    assert config.compilation_config.cudagraph_mode.name == "FULL_AND_PIECEWISE"
+    assert config.model_config.pooler_config.task == "embed"
 
 
 def test_the_workers_of_a_cpu_share_what_the_kv_cache_gets(
