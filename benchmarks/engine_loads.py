@@ -78,8 +78,9 @@ CUDA = Device(
     options={
         "max_num_batched_tokens": 8192,
         "max_num_seqs": 512,
-        # All peers hold their memory at once.
+        # All peers hold their memory at once, and start at once: none can tell what it may take.
         "gpu_memory_utilization": 0.15,
+        "kv_cache_memory_bytes": 4 << 30,
         **_OPTIONS,
     },
 )

@@ -11,7 +11,7 @@ import torch
 
 from gem_vllm.mask import gem_intervals, gem_mask, interval_mask
 from gem_vllm.training.attention import flex_attention
-from gem_vllm.training.masks import block_masks, layer_masks
+from gem_vllm.training.masks import FLEX_BLOCK, block_masks, layer_masks
 from gem_vllm.training.model import GemTrainingModel
 from gem_vllm.training.packing import Packing
 
@@ -72,7 +72,10 @@ class DenseModel(GemTrainingModel):
         self, token_ids: torch.Tensor, lengths: torch.Tensor, width: int
     ) -> torch.Tensor:
         """The same of rows that are packed into rows of ``width`` tokens, or of the longest one."""
-        packing = Packing.of(lengths, max(width, int(lengths.max())))
+        flex = self._flex(token_ids)
+        packing = Packing.of(
+            lengths, max(width, int(lengths.max())), multiple_of=FLEX_BLOCK if flex else 1
+        )
         position = torch.arange(token_ids.shape[1], device=token_ids.device).expand_as(token_ids)
 
         def intervals(window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,7 +85,7 @@ class DenseModel(GemTrainingModel):
             return start, end
 
         packed, positions = packing.pack(token_ids), packing.pack(position)
-        if self._flex(packed):
+        if flex:
             masks = block_masks(self.config, packed, intervals)
             with flex_attention(self.base):
                 hidden = self._decode(packed, positions, masks)
@@ -93,8 +96,8 @@ class DenseModel(GemTrainingModel):
             hidden = self._decode(packed, positions, masks)
         return packing.unpack(hidden, token_ids.shape[1])
 
-    def _flex(self, packed: torch.Tensor) -> bool:
-        return packed.is_cuda and self.base.config._attn_implementation != "eager"
+    def _flex(self, token_ids: torch.Tensor) -> bool:
+        return token_ids.is_cuda and self.base.config._attn_implementation != "eager"
 
     def _decode(self, token_ids: torch.Tensor, positions: torch.Tensor, masks: Any) -> torch.Tensor:
         output = self.base.get_decoder()(

@@ -10,6 +10,9 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from gem_vllm.mask import interval_mask_mod
 
+# FlexAttention's, in tokens. Rows that are no whole block may go to its kernel for decoding, which
+# has no form for some of them ("NoValidChoicesError": 65 tokens of float32 in torch 2.11).
+FLEX_BLOCK = 128
 Mask = torch.Tensor | dict[str, torch.Tensor]
 
 
@@ -46,7 +49,9 @@ def block_masks(
     def block_mask(window: int | None) -> Any:
         mask_mod = interval_mask_mod(*intervals(window))
         device = token_ids.device
-        return create_block_mask(mask_mod, rows, None, length, length, device=device)
+        return create_block_mask(
+            mask_mod, rows, None, length, length, device=device, BLOCK_SIZE=FLEX_BLOCK
+        )
 
     return _by_layer(config, block_mask)
 

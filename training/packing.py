@@ -24,11 +24,17 @@ class Packing:
     shape: tuple[int, int]
 
     @classmethod
-    def of(cls, lengths: torch.Tensor, width: int) -> Packing:
+    def of(cls, lengths: torch.Tensor, width: int, multiple_of: int = 1) -> Packing:
         """Longest first, each into the first row that has room (first-fit decreasing).
 
-        lengths: int64 [N]; width: cells of a row, as many as the longest at least.
+        lengths: int64 [N]; width: cells of a row, as many as the longest at least; L, and width
+        with it, are rounded up to a multiple of ``multiple_of``.
         """
+
+        def rounded(cells: int) -> int:
+            return -(-cells // multiple_of) * multiple_of
+
+        width = rounded(width)
         sizes: list[int] = lengths.tolist()
         used: list[int] = []
         row, offset = [0] * len(sizes), [0] * len(sizes)
@@ -39,7 +45,7 @@ class Packing:
             row[index], offset[index] = place, used[place]
             used[place] += length
         moved = (torch.tensor(values, device=lengths.device) for values in (row, offset))
-        return cls(*moved, lengths, (len(used), max(used)))
+        return cls(*moved, lengths, (len(used), rounded(max(used))))
 
     def pack(self, values: torch.Tensor) -> torch.Tensor:
         """[N, T] to [B, L]; cells that hold nothing are 0."""

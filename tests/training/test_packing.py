@@ -62,6 +62,7 @@ def test_packing_is_tight_and_undone() -> None:
     packed = packing.pack(rows)
     assert sorted(packed[packed > 0].tolist()) == sorted(rows[real].tolist())
     assert torch.equal(packing.unpack(packed, 40), rows.where(real, 0))
+    assert Packing.of(lengths, 33, multiple_of=48).shape == (3, 48)  # 32 + 14 + 1, 31 + 12 + 5, 18
 
 
 @pytest.mark.parametrize("family", FAMILIES)
