@@ -8,10 +8,11 @@
 | `compress` | chat messages that are read through special tokens | `RENDERER_REGISTRY` |
 | `prompt_embedding` | a prompt's embedding with its answer | patch `embedding-with-answer` |
 | `validation` | refusal of bad requests | patch `reserved-token-ids` |
-| `worker`, `runner` | embedding requests in generating batches | `parallel_config.worker_cls` |
+| `worker`, `runner`, `runner_v2` | embedding requests in generating batches | `worker_cls` |
+| `batch`, `step` | what both runners know of requests and special tokens | called by them |
 | `runs`, `attention`, `cpu_`, `flash_attention` | the GEM mask, paged | `register_backend` |
 | `lora` | the adapter at special positions | the linear layers' `quant_method` |
-| `pooler` | special tokens' hidden states to an embedding | called by `runner` |
+| `pooler` | special tokens' hidden states to an embedding | called by `batch` |
 | `metrics` | Prometheus counter of step kinds | `vllm.stat_logger_plugins` |
 | `patches` | the ledger of what has no public hook | see there |
 """

@@ -18,12 +18,14 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from vllm.platforms import current_platform
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-from gem_vllm.plugin.step import GemStep, Segments, current
+from gem_vllm.plugin.step import GemStep, IntArray, Segments, current
 
 if TYPE_CHECKING:
     _Base = Any
@@ -67,6 +69,8 @@ class MaskedMetadataBuilder(_Base):
         step, block_table = current(), common_attn_metadata.block_table_tensor
         if step is not None and step.segments is not None:
             common_attn_metadata = in_segments(common_attn_metadata, step.segments, self.block_size)
+            # FlashAttention's plan ahead, which it leaves out, has room for a row a request.
+            fast_build = True
         causal = super().build(common_prefix_len, common_attn_metadata, fast_build)
         metadata = self.metadata_class(
             **{field.name: getattr(causal, field.name) for field in fields(causal)}
@@ -132,27 +136,25 @@ def in_segments(
         block_size: of this layer group.
     """
     device = metadata.block_table_tensor.device
-    seq_lens = torch.from_numpy(segments.end - segments.start).int()
-    query_start_loc = torch.zeros(len(segments.num_rows) + 1, dtype=torch.int32)
-    query_start_loc[1:] = torch.from_numpy(segments.num_rows).cumsum(0)
+    seq_lens = (segments.end - segments.start).astype(np.int32)
+    query_start_loc = np.zeros(len(segments.num_rows) + 1, dtype=np.int32)
+    np.cumsum(segments.num_rows, out=query_start_loc[1:])
     return replace(
         metadata,
-        query_start_loc=query_start_loc.to(device),
-        query_start_loc_cpu=query_start_loc,
-        seq_lens=seq_lens.to(device),
+        query_start_loc=async_tensor_h2d(query_start_loc, device),
+        query_start_loc_cpu=torch.from_numpy(query_start_loc),
+        seq_lens=async_tensor_h2d(seq_lens, device),
         num_reqs=len(seq_lens),
         max_query_len=int(segments.num_rows.max()),
         max_seq_len=int(seq_lens.max()),
         block_table_tensor=block_tables_from(
-            metadata.block_table_tensor,
-            torch.from_numpy(segments.request_index),
-            torch.from_numpy(segments.start // block_size),
+            metadata.block_table_tensor, segments.request_index, segments.start // block_size
         ),
     )
 
 
 def block_tables_from(
-    block_table: torch.Tensor, request_index: torch.Tensor, first_block: torch.Tensor
+    block_table: torch.Tensor, request_index: IntArray, first_block: IntArray
 ) -> torch.Tensor:
     """Block tables that start later, one for each of n sequences.
 
@@ -165,5 +167,6 @@ def block_tables_from(
         int32 [n, blocks]; behind a request's last block there is anything.
     """
     device, width = block_table.device, block_table.shape[1]
-    columns = first_block.to(device)[:, None] + torch.arange(width, device=device)
-    return block_table[request_index.to(device)].gather(1, columns.clamp(max=width - 1))
+    columns = async_tensor_h2d(first_block, device)[:, None] + torch.arange(width, device=device)
+    rows = block_table[async_tensor_h2d(request_index, device)]
+    return rows.gather(1, columns.clamp(max=width - 1))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import psutil
 from vllm import envs
 from vllm.config import CacheConfig, PoolerConfig, VllmConfig
@@ -47,7 +45,6 @@ class GemModelConfig(VerifyAndUpdateConfig):
         vllm_config.scheduler_config.scheduler_cls = SCHEDULER
         if current_platform.is_cuda_alike():
             take_flash_attention(vllm_config)
-            _take_v1_runner(vllm_config)
         if current_platform.is_cpu():
             _bound_cpu_kv_cache(vllm_config)
             if gem_config.k > 1:
@@ -80,6 +77,16 @@ def _refuse_unsupported(vllm_config: VllmConfig, gem_config: GemConfig) -> None:
         raise ValueError(
             "Speculative decoding is not supported with a GEM checkpoint. "
             "Leave --speculative-config unset."
+        )
+    if vllm_config.parallel_config.use_ubatching:
+        raise ValueError(
+            "A GEM checkpoint's steps are not parted into microbatches. "
+            "Leave --enable-dbo and --ubatch-size unset."
+        )
+    if getattr(vllm_config.parallel_config, "enable_batch_sharded_sampling", None):
+        raise ValueError(
+            "A GEM checkpoint's special tokens are masked in whole logits, which no rank has with "
+            "batch-sharded sampling. Leave --enable-batch-sharded-sampling unset."
         )
     beside = vllm_config.additional_config.get(TOKENS_BESIDE_CHAT)
     if beside is not None and (type(beside) is not int or beside < 1):
@@ -119,22 +126,13 @@ def take_flash_attention(vllm_config: VllmConfig) -> None:
             f"On CUDA a GEM checkpoint's KV cache is not quantized ({cache.cache_dtype}). "
             "Leave --kv-cache-dtype unset."
         )
-    if vllm_config.parallel_config.decode_context_parallel_size > 1:
+    parallel = vllm_config.parallel_config
+    if max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size) > 1:
         raise ValueError(
             "With context parallelism no rank has whole KV blocks, at which the GEM mask starts. "
-            "Leave --decode-context-parallel-size at 1."
+            "Leave --decode-context-parallel-size and --prefill-context-parallel-size at 1."
         )
     attention.backend = AttentionBackendEnum.FLASH_ATTN
-
-
-def _take_v1_runner(vllm_config: VllmConfig) -> None:
-    """On CUDA: the V1 model runner, which `gem_vllm.plugin.runner` extends."""
-    if vllm_config.use_v2_model_runner:
-        if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
-            raise ValueError(
-                "GEM checkpoints run on vLLM's V1 model runner. Unset VLLM_USE_V2_MODEL_RUNNER."
-            )
-        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
 
 
 def _bound_cpu_kv_cache(vllm_config: VllmConfig) -> None:

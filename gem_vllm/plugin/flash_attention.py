@@ -12,8 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
+from vllm.utils.torch_utils import async_tensor_h2d, canonicalize_singleton_dim_strides
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends import flash_attn
 from vllm.v1.attention.backends.flash_attn import (
@@ -58,13 +59,11 @@ class SpecialRows:
         chosen = step.needs_mask.nonzero()[0]
         seen_from, text_lens = step.seen_from[chosen], (step.seen_to - step.seen_from)[chosen]
         return SpecialRows(
-            rows=step.rows[torch.from_numpy(chosen).to(device)],
+            rows=async_tensor_h2d(step.rows_np[chosen], device),
             block_table=block_tables_from(
-                block_table,
-                torch.from_numpy(step.request_index[chosen]),
-                torch.from_numpy(seen_from // block_size),
+                block_table, step.request_index[chosen], seen_from // block_size
             ),
-            text_lens=torch.from_numpy(text_lens).int().to(device),
+            text_lens=async_tensor_h2d(text_lens.astype(np.int32), device),
             max_text_len=int(text_lens.max()),
             query_start_loc=torch.arange(len(chosen) + 1, dtype=torch.int32, device=device),
         )

@@ -8,29 +8,61 @@ in every prefill, of both kinds of request.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
-from vllm.utils.torch_utils import direct_register_custom_op
+from vllm.utils.torch_utils import async_tensor_h2d, direct_register_custom_op
 
 from gem_vllm.plugin import step as gem_step
 
 NAME = "gem_last_mlp"
 
 
+@dataclass(frozen=True)
+class ReadRows:
+    """Rows of a step that are read of the last layer.
+
+    Attributes:
+        rows: int64 [n], on the model's device: among the step's tokens.
+        special: int64 [m], on the model's device: which of the n are special tokens.
+    """
+
+    rows: torch.Tensor
+    special: torch.Tensor
+
+    @staticmethod
+    def of_step(
+        step: gem_step.GemStep | None, sampled: gem_step.IntArray, device: torch.device
+    ) -> ReadRows:
+        """Those of embeddings' special tokens, and those to sample from.
+
+        Args:
+            step: the special tokens of the step.
+            sampled: int [requests]: the last row of each request.
+            device: the model's.
+        """
+        special = np.empty(0, dtype=np.int64) if step is None else step.rows_np
+        read = special[: 0 if step is None else step.num_read]
+        rows = np.concatenate([read, sampled[~np.isin(sampled, read)]])
+        return ReadRows(
+            async_tensor_h2d(rows, device),
+            async_tensor_h2d(np.isin(rows, special).nonzero()[0], device),
+        )
+
+
 class LastLayerMLP(nn.Module):
     """In the place of the last decoder layer's `mlp`.
 
     Attributes:
-        read_rows: int64 [n] rows whose result is read; None for every row. The runner sets it for
-            each step.
+        read_rows: rows whose result is read; None for every row. The runner sets it for each step.
     """
 
-    read_rows: torch.Tensor | None = None
+    read_rows: ReadRows | None = None
 
     def __init__(self, mlp: nn.Module) -> None:
         super().__init__()
@@ -45,18 +77,17 @@ class LastLayerMLP(nn.Module):
 
     def of_read_rows(self, x: torch.Tensor) -> torch.Tensor:
         """`forward`, run and not traced."""
-        rows = self.read_rows
-        if rows is None:
+        read = self.read_rows
+        if read is None:
             return self.mlp(x)
         step = gem_step.current()
         if step is not None:
-            special = torch.isin(rows, step.rows).nonzero().flatten()
-            gem_step.publish(replace(step, rows=special))
+            gem_step.publish(replace(step, rows=read.special))
         try:
-            computed = self.mlp(x[rows])
+            computed = self.mlp(x[read.rows])
         finally:
             gem_step.publish(step)
-        return torch.zeros_like(x).index_copy_(0, rows, computed)
+        return torch.zeros_like(x).index_copy_(0, read.rows, computed)
 
 
 def _last_mlp(x: torch.Tensor, name: str) -> torch.Tensor:

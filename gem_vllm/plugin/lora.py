@@ -43,6 +43,9 @@ class SpecialLoRA:
     Args:
         lora_a: [r, in].
         lora_b: [out, r], scaled by alpha / r.
+
+    Attributes:
+        weights: the two, as they are multiplied by.
     """
 
     def __init__(self, lora_a: torch.Tensor, lora_b: torch.Tensor) -> None:
@@ -54,6 +57,7 @@ class SpecialLoRA:
             # On a CPU this packs the weight for the kernel that suits its shape.
             self._method.process_weights_after_loading(factor)
             self._factors.append(factor)
+        self.weights = [factor.weight.data for factor in self._factors]
 
     def add_to(self, output: torch.Tensor, x: torch.Tensor) -> None:
         """Add ``B A x`` at this step's special rows, in place.
@@ -148,6 +152,9 @@ def attach_adapter(model: nn.Module, vllm_config: VllmConfig, folder: Path) -> N
             )
             lora, lora_name = SpecialLoRA(lora_a, lora_b), f"{name}.gem_lora"
             vllm_config.compilation_config.static_forward_context[lora_name] = lora
+            for letter, weight in zip("ab", lora.weights, strict=True):
+                # As a buffer it outlives vLLM's sleep, which drops all weights at level 2.
+                layer.register_buffer(f"gem_lora_{letter}", weight, persistent=False)
             layer.quant_method = SpecialLoRALinearMethod(layer.quant_method, lora, lora_name)
             names.append(lora_name)
     # Into the key of vLLM's compile cache: a stored graph calls the LoRAs of exactly these layers.

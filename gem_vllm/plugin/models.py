@@ -53,6 +53,10 @@ class GemCausalLM(_Base):
             model = self._vllm_config.model_config
             folder = _adapter_folder(model.model, model.revision)
             attach_adapter(self, self._vllm_config, folder)
+        special_ids = torch.tensor(
+            self.gem_config.special_token_ids, device=self._vllm_config.device_config.device
+        )
+        self.register_buffer("gem_special_ids", special_ids, persistent=False)
         if self._vllm_config.lora_config is None and get_pp_group().is_last_rank:
             # An ordinary LoRA knows its layers by name, and its rows by those of the whole step.
             self.last_mlp = wrap_last_mlp(self, self._vllm_config)
@@ -82,7 +86,7 @@ class GemCausalLM(_Base):
     def _generating_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         logits = super().compute_logits(hidden_states)
         if logits is not None:
-            logits[:, list(self.gem_config.special_token_ids)] = -torch.inf
+            logits.index_fill_(-1, self.gem_special_ids, -torch.inf)
         return logits
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from gem_vllm.plugin.runs import Run
 
@@ -45,6 +46,7 @@ class GemStep:
 
     Attributes:
         rows: int64 [n], on the model's device: row of each special token among the step's tokens.
+        rows_np: int64 [n]: the same, for what is planned on the CPU.
         request_index: int64 [n]: the batch row of the request that each belongs to.
         special_index: int64 [n]: which of the k special tokens it is, 0 to k - 1.
         seen_from: int64 [n]: first position, within its sequence, that it sees; a KV block's.
@@ -56,6 +58,7 @@ class GemStep:
     """
 
     rows: torch.Tensor
+    rows_np: IntArray
     request_index: IntArray
     special_index: IntArray
     seen_from: IntArray
@@ -99,10 +102,10 @@ class GemStep:
         special = read + inside
         if not special and segments is None:
             return None
+        rows = np.array([row for row, *_ in special], dtype=np.int64)
         return GemStep(
-            rows=torch.tensor([row for row, *_ in special], dtype=torch.int64).to(
-                device, non_blocking=True
-            ),
+            rows=async_tensor_h2d(rows, device),
+            rows_np=rows,
             request_index=np.array([i for _, i, _, _ in special], dtype=np.int64),
             special_index=np.array([index for _, _, index, _ in special], dtype=np.int64),
             seen_from=np.array([run.seen_from for *_, run in special], dtype=np.int64),

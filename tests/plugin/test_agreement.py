@@ -90,6 +90,19 @@ def test_without_adapter(train_mode: str, tiny_checkpoint: Callable[..., Path]) 
         assert cosines(embed(llm, prompts), ReferenceEmbedder(folder).embed(prompts)).min() > 0.9999
 
 
+def test_the_adapter_is_among_the_models_buffers(tiny_checkpoint: Callable[..., Path]) -> None:
+    """Those outlive vLLM's sleep at level 2 (on CUDA), which drops all weights."""
+    with running_engine(tiny_checkpoint("llama", k=4), max_model_len=LIMIT) as llm:
+        config = llm.llm_engine.vllm_config
+        worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+        kept = {id(buffer) for buffer in worker.model_runner.model.buffers()}
+        names = config.additional_config["gem_lora"]
+        assert len(names) > 0
+        for name in names:
+            lora = config.compilation_config.static_forward_context[name]
+            assert {id(weight) for weight in lora.weights} <= kept
+
+
 def test_an_instruction_goes_behind_every_text(tiny_checkpoint: Callable[..., Path]) -> None:
     """Also where it straddles a KV block, and up to the limit, of which it takes its part."""
     instruction = tuple(range(70, 77))

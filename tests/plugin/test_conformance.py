@@ -63,8 +63,9 @@ def held(llm: LLM) -> dict[str, Any]:
     return {
         "free": free_blocks(llm),
         "requests": len(scheduler.requests),
-        "states": len(runner._special_states),
-        "runs": len(runner._runs) + len(scheduler._runs),
+        "embedding": len(runner.gem_batch.pooling_params),
+        "states": len(runner.gem_batch.partial_states),
+        "runs": len(runner.gem_batch.runs) + len(scheduler._runs),
     }
 
 

@@ -87,6 +87,7 @@ def test_a_key_that_outweighs_all_others_does_not_overflow() -> None:
         ("attention_config", {"backend_per_kind": {"full": "FLASH_ATTN"}}, "backend_per_kind"),
         ("cache_config", {"cache_dtype": "fp8"}, "is not quantized"),
         ("parallel_config", {"decode_context_parallel_size": 2}, "context parallelism"),
+        ("parallel_config", {"prefill_context_parallel_size": 2}, "context parallelism"),
     ],
 )
 def test_what_it_cannot_do_is_refused_at_start(
@@ -95,7 +96,9 @@ def test_what_it_cannot_do_is_refused_at_start(
     config = SimpleNamespace(
         attention_config=SimpleNamespace(backend=None, backend_per_kind={}),
         cache_config=SimpleNamespace(cache_dtype="auto"),
-        parallel_config=SimpleNamespace(decode_context_parallel_size=1),
+        parallel_config=SimpleNamespace(
+            decode_context_parallel_size=1, prefill_context_parallel_size=1
+        ),
     )
     take_flash_attention(config)
     assert config.attention_config.backend is AttentionBackendEnum.FLASH_ATTN

@@ -45,7 +45,8 @@ OF_ENGINE: dict[str, dict[str, Any]] = {
 
 def held_by(worker: Any) -> int:
     """What a worker holds of requests."""
-    return len(worker.model_runner._special_states) + len(worker.model_runner._runs)
+    batch = worker.model_runner.gem_batch
+    return len(batch.pooling_params) + len(batch.partial_states) + len(batch.runs)
 
 
 @pytest.fixture(autouse=True)

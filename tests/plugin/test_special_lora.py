@@ -19,6 +19,7 @@ def step_with(rows: list[int]) -> GemStep:
     index = np.zeros(len(rows), dtype=np.int64)
     return GemStep(
         rows=torch.tensor(rows, dtype=torch.int64),
+        rows_np=np.array(rows, dtype=np.int64),
         request_index=index,
         special_index=index,
         seen_from=index,

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vllm import PoolingParams
 from vllm.config import PoolerConfig
+from vllm.config.compilation import CUDAGraphMode
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 from vllm.plugins import load_general_plugins
@@ -22,15 +23,17 @@ from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 
 from gem_vllm.config import GemConfig
 from gem_vllm.errors import GemError
 from gem_vllm.mask import gem_mask
 from gem_vllm.plugin import step as gem_step
-from gem_vllm.plugin.last_layer import LastLayerMLP
+from gem_vllm.plugin.last_layer import LastLayerMLP, ReadRows
 from gem_vllm.plugin.metrics import STEP_KINDS, attach_step_counts, take_step_counts
 from gem_vllm.plugin.pooler import pool_special_tokens
 from gem_vllm.plugin.runner import GemModelRunner
+from gem_vllm.plugin.runner_v2 import GemCudaGraphManager
 from gem_vllm.plugin.runs import check_runs, find_runs, pad_runs
 from gem_vllm.plugin.scheduler import append_special_tokens
 from gem_vllm.plugin.step import GemStep
@@ -179,7 +182,7 @@ def test_the_last_mlp_computes_the_rows_that_are_read() -> None:
     gem_step.publish(step)
     try:
         every_row = mlp(x)
-        mlp.read_rows = torch.tensor([9, 10, 11, 0])
+        mlp.read_rows = ReadRows.of_step(step, np.array([0, 11]), x.device)
         read = mlp(x)
         assert gem_step.current() is step, "the attention of later layers needs the step's own rows"
     finally:
@@ -227,6 +230,8 @@ def test_step_counts_travel_and_leave_nothing_behind() -> None:
             {"pooler_config": PoolerConfig(task="embed")},
             "Leave --pooler-config unset",
         ),
+        ({"enable_batch_sharded_sampling": True}, "Leave --enable-batch-sharded-sampling unset"),
+        ({"enable_dbo": True}, "Leave --enable-dbo"),
         (
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
             "Speculative decoding is not supported",
@@ -287,7 +292,7 @@ def test_the_workers_of_a_cpu_share_what_the_kv_cache_gets(
 
 
 class GraphChoice:
-    """In the place of vLLM's runner: what it is asked to choose a CUDA graph by."""
+    """In the place of vLLM's V1 runner: what it is asked to choose a CUDA graph by."""
 
     def _determine_batch_execution_and_padding(self, **asked: Any) -> dict[str, Any]:
         return asked
@@ -297,25 +302,53 @@ class GemGraphChoice(GemModelRunner, GraphChoice):
     pass
 
 
+# Steps of two tokens, each of a sequence that has more before it.
+PLAIN = [7] * 9, 9, 1
+SPECIAL_TOKEN = [*[7] * 9, *SPECIAL], 11, 1
+BEHIND_A_RUN = [7, *SPECIAL, *[7] * 9], 12, 1
+
+
 @pytest.mark.parametrize(
     ("second", "expected"),
     [
-        # Nothing of GEM: vLLM's own choice.
-        (([7] * 9, 9, 1), {}),
-        # Its special tokens are in the step.
-        (([*[7] * 9, *SPECIAL], 11, 1), {"force_eager": True}),
-        # It goes on behind them.
-        (([7, *SPECIAL, *[7] * 9], 12, 1), {"force_eager": False}),
+        (PLAIN, {}),
+        (SPECIAL_TOKEN, {"force_eager": True, "force_uniform_decode": False}),
+        (BEHIND_A_RUN, {"force_eager": False, "force_uniform_decode": False}),
     ],
 )
 def test_cuda_graphs_are_of_steps_like_those_they_were_captured_in(
     second: tuple[list[int], int, int], expected: dict[str, Any]
 ) -> None:
-    if expected:
-        expected = {**expected, "force_uniform_decode": False, "allow_microbatching": False}
     gem_step.publish(step_of(set(), ([7] * 40, 40, 1), second))
     try:
         asked = object.__new__(GemGraphChoice)._determine_batch_execution_and_padding(num_tokens=2)
     finally:
         gem_step.publish(None)
     assert asked == {"num_tokens": 2, **expected}
+
+
+@pytest.mark.parametrize(
+    ("second", "expected"),
+    [
+        (PLAIN, CUDAGraphMode.FULL),
+        (SPECIAL_TOKEN, CUDAGraphMode.NONE),
+        (BEHIND_A_RUN, CUDAGraphMode.PIECEWISE),
+    ],
+)
+@pytest.mark.parametrize("limits", [{"uniform_token_count": 1}, {"max_query_len": 1}])
+def test_cuda_graphs_of_the_v2_runner(
+    limits: dict[str, int], second: tuple[list[int], int, int], expected: CUDAGraphMode
+) -> None:
+    """`limits`: of the full graph, which is of decoding in both."""
+    manager = object.__new__(GemCudaGraphManager)
+    manager._graphs_captured = True
+    full = BatchExecutionDescriptor(CUDAGraphMode.FULL, num_tokens=4, num_reqs=4, **limits)
+    piecewise = BatchExecutionDescriptor(CUDAGraphMode.PIECEWISE, num_tokens=8, num_reqs=None)
+    manager._candidates = {(2, 0): [full, piecewise]}
+    gem_step.publish(step_of(set(), ([7] * 40, 40, 1), second))
+    try:
+        chosen = manager.dispatch(2, 2, 1, num_active_loras=0, max_query_len=1)
+    finally:
+        gem_step.publish(None)
+    assert chosen.cg_mode == expected
+    assert chosen.num_tokens == {"FULL": 4, "PIECEWISE": 8, "NONE": 2}[expected.name]

@@ -1,0 +1,248 @@
+"""What a GEM model runner knows of its requests beside vLLM; the same for both of vLLM's runners.
+
+A batch row of an embedding request is an ordinary greedy row whose sampled token is thrown away, as
+that of an unfinished prefill is. So all of vLLM's bookkeeping of the batch stays valid. The hidden
+states of its special tokens are collected from the forward pass, over several steps where they
+straddle two chunks of the prompt.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.pooling_params import PoolingParams
+from vllm.sampling_params import SamplingParams
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.core.sched.output import NewRequestData
+from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
+
+from gem_vllm.config import GemConfig
+from gem_vllm.plugin import step as gem_step
+from gem_vllm.plugin.last_layer import ReadRows
+from gem_vllm.plugin.pooler import pool_special_tokens
+from gem_vllm.plugin.runs import Run, find_runs
+
+_DISCARDED = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A step's requests.
+
+    Attributes:
+        req_ids: of the batch, in its order.
+        embedding: int64 [n]: batch rows of embedding requests.
+        finished: request ids of those whose prompt ends with this step.
+        step: their special tokens, and those inside prompts; None for none.
+    """
+
+    req_ids: Sequence[str]
+    embedding: gem_step.IntArray
+    finished: Sequence[str]
+    step: gem_step.GemStep | None
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Those of requests that ask for them alike.
+
+    Attributes:
+        request_ids: n of them.
+        values: float32 [n, size].
+    """
+
+    request_ids: Sequence[str]
+    values: torch.Tensor
+
+    @staticmethod
+    def in_order(parts: Iterable[Embeddings], req_ids: Iterable[str]) -> list[torch.Tensor | None]:
+        """The embedding of each request, None for those without: vLLM's `pooler_output`.
+
+        Args:
+            parts: on the CPU.
+            req_ids: of the batch.
+        """
+        found = {
+            request_id: value
+            for part in parts
+            for request_id, value in zip(part.request_ids, part.values.unbind(), strict=True)
+        }
+        return [found.get(request_id) for request_id in req_ids]
+
+
+class GemBatch:
+    """The requests of a runner.
+
+    Args:
+        gem_config: the checkpoint's.
+        device: the model's.
+
+    Attributes:
+        runs: request id to the runs of its sequence, for requests that have any.
+        pooling_params: request id to those of an embedding request.
+        partial_states: request id to the hidden states [k, hidden] of its special tokens, where
+            they are computed in more than one step.
+        plan: of the step that runs, until its tokens are sampled; None before the first.
+    """
+
+    def __init__(self, gem_config: GemConfig, device: torch.device) -> None:
+        self.gem_config = gem_config
+        self.device = device
+        self.runs: dict[str, tuple[Run, ...]] = {}
+        self.pooling_params: dict[str, PoolingParams] = {}
+        self.partial_states: dict[str, torch.Tensor] = {}
+        self.plan: Plan | None = None
+
+    def add(self, new_requests: list[NewRequestData]) -> None:
+        """Note what is new; embedding requests in the list become ones that sample a token.
+
+        A request may come again, when it goes on after it was preempted.
+        """
+        for i, request in enumerate(new_requests):
+            if request.pooling_params is not None:
+                new_requests[i] = replace(request, sampling_params=_DISCARDED)
+                self.pooling_params[request.req_id] = request.pooling_params
+            if runs := find_runs(request.prompt_token_ids or (), self.gem_config.special_token_ids):
+                self.runs[request.req_id] = runs
+
+    def finish(self, request_ids: Iterable[str]) -> None:
+        """Forget requests."""
+        for request_id in request_ids:
+            self.runs.pop(request_id, None)
+            self.pooling_params.pop(request_id, None)
+            self.partial_states.pop(request_id, None)
+
+    def begin(
+        self,
+        model: Any,
+        req_ids: Sequence[str],
+        num_computed: gem_step.IntArray,
+        num_scheduled: gem_step.IntArray,
+        *,
+        all_rows_are_read: bool,
+        loras: bool,
+    ) -> Plan:
+        """Plan a step and publish it to the attention, the adapter and the model.
+
+        Args:
+            model: a `GemCausalLM`.
+            req_ids: of the batch, in its order.
+            num_computed: int [requests]: tokens computed before this step.
+            num_scheduled: int [requests]: tokens computed in this step.
+            all_rows_are_read: whether more is read than embeddings and rows to sample from.
+            loras: whether ordinary LoRAs are served, which count on the rows of all requests.
+        """
+        embedding = [i for i, req_id in enumerate(req_ids) if req_id in self.pooling_params]
+        end = num_computed + num_scheduled
+        step = gem_step.GemStep.of_batch(
+            {i: self.runs[req_id] for i, req_id in enumerate(req_ids) if req_id in self.runs},
+            set(embedding),
+            num_computed,
+            num_scheduled,
+            self.device,
+        )
+        self.plan = Plan(
+            req_ids=req_ids,
+            embedding=np.array(embedding, dtype=np.int64),
+            finished=[req_ids[i] for i in embedding if self.runs[req_ids[i]][-1].end <= end[i]],
+            step=step,
+        )
+        gem_step.publish(step)
+        model.logits_rows = None
+        if embedding and not loras:
+            generating = np.setdiff1d(np.arange(len(req_ids)), embedding)
+            model.logits_rows = async_tensor_h2d(generating, self.device)
+        if model.last_mlp is not None:
+            rows_end = np.cumsum(num_scheduled)
+            most_are_read = 2 * len(req_ids) > rows_end[-1]
+            model.last_mlp.read_rows = (
+                None
+                if all_rows_are_read or most_are_read
+                else ReadRows.of_step(step, rows_end - 1, self.device)
+            )
+        return self.plan
+
+    def end_forward(self, model: Any) -> None:
+        """The model has run, and a dummy run that follows is of no step."""
+        gem_step.publish(None)
+        if model.last_mlp is not None:
+            model.last_mlp.read_rows = None
+
+    def position_shift(self) -> torch.Tensor | None:
+        """int64 [tokens]: padding before each token of the step; None for none."""
+        step = None if self.plan is None else self.plan.step
+        if step is None or step.position_shift is None:
+            return None
+        return async_tensor_h2d(step.position_shift, self.device)
+
+    def embed(self, hidden_states: torch.Tensor | None) -> list[Embeddings]:
+        """The embeddings of those requests that the step ends.
+
+        Args:
+            hidden_states: [tokens, hidden], after the final norm; None where another rank has them.
+        """
+        plan = self.plan
+        if plan is None or hidden_states is None:
+            return []
+        states = self._collect(plan, hidden_states)
+        alike = defaultdict(list)
+        for request_id in plan.finished:
+            params = self.pooling_params[request_id]
+            alike[params.dimensions, params.use_activation].append(request_id)
+        return [
+            Embeddings(
+                request_ids,
+                pool_special_tokens(
+                    torch.stack([states[request_id] for request_id in request_ids]),
+                    self.gem_config,
+                    dimensions=dimensions,
+                    use_activation=use_activation,
+                ),
+            )
+            for (dimensions, use_activation), request_ids in alike.items()
+        ]
+
+    def _collect(self, plan: Plan, hidden_states: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Request id to [k, hidden], for requests whose special tokens are all computed."""
+        step, k = plan.step, self.gem_config.k
+        if step is None:
+            return self.partial_states
+        read = hidden_states[step.rows[: step.num_read]]
+        request_index = step.request_index[: step.num_read]
+        states: dict[str, torch.Tensor] = {}
+        begin = 0
+        while begin < step.num_read:
+            request, first = request_index[begin], int(step.special_index[begin])
+            request_id = plan.req_ids[request]
+            n = int((request_index[begin : begin + k - first] == request).sum())
+            its_states = read[begin : begin + n]
+            if n < k:
+                partial = self.partial_states.setdefault(
+                    request_id, read.new_zeros(k, read.shape[1])
+                )
+                partial[first : first + n] = its_states
+                its_states = partial
+            states[request_id] = its_states
+            begin += n
+        return self.partial_states | states
+
+
+def with_longer_windows(specs: dict[str, KVCacheSpec], gem_config: GemConfig) -> None:
+    """Let the KV cache keep what the sliding windows of the GEM mask see.
+
+    A run's window counts neither its padding nor its tokens (`gem_vllm.mask`), so keys and values
+    are kept for longer by as many. What is attended to is set by the layers.
+
+    Args:
+        specs: layer name to vLLM's spec; changed in place.
+        gem_config: the checkpoint's.
+    """
+    for name, spec in specs.items():
+        if isinstance(spec, SlidingWindowSpec):
+            longer = spec.sliding_window + spec.block_size + gem_config.k
+            specs[name] = replace(spec, sliding_window=longer)

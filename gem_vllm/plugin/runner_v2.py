@@ -1,0 +1,225 @@
+"""Embedding requests in the batches of vLLM's V2 model runner, which is the default on CUDA.
+
+Nothing here waits for the GPU: what a step is, is planned on the CPU from what the scheduler says,
+and embeddings are copied to the CPU beside the sampled tokens, while the next step runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from vllm.config.compilation import CUDAGraphMode
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheSpec
+from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
+from vllm.v1.worker.gpu.async_utils import stream
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, ModelCudaGraphManager
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+from vllm.v1.worker.gpu.sample.output import SamplerOutput
+
+from gem_vllm.config import GemConfig
+from gem_vllm.plugin import step as gem_step
+from gem_vllm.plugin.batch import Embeddings, GemBatch, with_longer_windows
+from gem_vllm.plugin.frames import with_room
+
+
+class GemModelRunnerV2(GPUModelRunner):
+    """Mixin over vLLM's V2 runners; `enable` puts it in front of an existing runner."""
+
+    gem_batch: GemBatch
+
+    @staticmethod
+    def enable(runner: Any, gem_config: GemConfig) -> None:
+        """Make `runner`, fresh from vLLM's worker, serve embedding requests too."""
+        runner.__class__ = type(f"Gem{type(runner).__name__}", (GemModelRunnerV2, type(runner)), {})
+        runner.gem_batch = GemBatch(gem_config, runner.device)
+
+    def get_supported_tasks(self) -> tuple[Any, ...]:
+        """vLLM's tasks for the model, and `embed`."""
+        return (*super().get_supported_tasks(), "embed")
+
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        """vLLM's, with longer windows."""
+        specs = super().get_kv_cache_spec()
+        with_longer_windows(specs, self.gem_batch.gem_config)
+        return specs
+
+    def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
+        """vLLM's; then graphs are chosen by what a step is."""
+        super().initialize_kv_cache(*args, **kwargs)
+        self.cudagraph_manager.__class__ = GemCudaGraphManager
+
+    def finish_requests(self, scheduler_output: SchedulerOutput) -> None:
+        """vLLM's; what is collected of preempted requests stays."""
+        self.gem_batch.finish(scheduler_output.finished_req_ids)
+        super().finish_requests(scheduler_output)
+
+    def add_requests(self, scheduler_output: SchedulerOutput) -> None:
+        """vLLM's, with embedding requests as requests that sample a token."""
+        self.gem_batch.add(scheduler_output.scheduled_new_reqs)
+        super().add_requests(scheduler_output)
+
+    def execute_model(self, *args: Any, **kwargs: Any) -> Any:
+        """One forward pass; the step's special tokens are known only while it runs."""
+        try:
+            return with_room(super().execute_model, *args, **kwargs)
+        finally:
+            self.gem_batch.end_forward(self.model)
+
+    def gather_batch_req_state(
+        self, scheduler_output: SchedulerOutput, dummy_run: bool
+    ) -> tuple[Any, int | None]:
+        """vLLM's state of the batch; the step is planned from it."""
+        state, uniform_token_count = super().gather_batch_req_state(scheduler_output, dummy_run)
+        if state is None:
+            return state, uniform_token_count
+        prompt_logprobs = self.prompt_logprobs_worker
+        plan = self.gem_batch.begin(
+            self.model,
+            state.req_ids,
+            self.req_states.num_computed_tokens_np[state.idx_mapping_np],
+            state.num_scheduled_tokens,
+            all_rows_are_read=prompt_logprobs is not None
+            and (
+                bool(prompt_logprobs.uses_prompt_logprobs[state.idx_mapping_np].any())
+                or bool(prompt_logprobs.token_id_scores)
+            ),
+            loras=self.lora_config is not None,
+        )
+        return state, uniform_token_count if plan.step is None else None
+
+    def prepare_attn(self, input_batch: InputBatch) -> Any:
+        """vLLM's; positions count up as if there were no padding, slots count it."""
+        prepared = super().prepare_attn(input_batch)
+        shift = self.gem_batch.position_shift()
+        if shift is not None:
+            input_batch.positions[: len(shift)] -= shift
+        return prepared
+
+    @torch.inference_mode()
+    def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:
+        """Sample for the generating rows, pool for the finished embedding rows."""
+        state = self.execute_model_state
+        if state is None or state.hidden_states is None:
+            return super().sample_tokens(grammar_output)
+        shift = self.gem_batch.position_shift()
+        if shift is not None:
+            # To the sampler a position is how far its request has come, padding included.
+            state.input_batch.positions[: len(shift)] += shift
+        embeddings = self.gem_batch.embed(state.hidden_states)
+        output = super().sample_tokens(grammar_output)
+        if embeddings:
+            output = EmbeddingsOutput(output, embeddings, self.main_stream, self.output_copy_stream)
+        return output
+
+    def sample(
+        self,
+        hidden_states: torch.Tensor,
+        input_batch: InputBatch,
+        grammar_output: GrammarOutput | None,
+    ) -> tuple[SamplerOutput, torch.Tensor, torch.Tensor]:
+        """vLLM's, where embedding rows get no token; a step of nothing else needs no sampler."""
+        plan = self.gem_batch.plan
+        assert plan is not None
+        if len(plan.embedding) == input_batch.num_reqs:
+            self.model.logits_rows = None
+            return self._nothing_sampled(input_batch.num_reqs)
+        output, num_sampled, num_rejected = super().sample(
+            hidden_states, input_batch, grammar_output
+        )
+        if len(plan.embedding):
+            num_sampled.index_fill_(0, async_tensor_h2d(plan.embedding, self.device), 0)
+        return output, num_sampled, num_rejected
+
+    def _nothing_sampled(self, num_reqs: int) -> tuple[SamplerOutput, torch.Tensor, torch.Tensor]:
+        none = torch.zeros(num_reqs, dtype=torch.int32, device=self.device)
+        output = SamplerOutput(
+            sampled_token_ids=torch.zeros(num_reqs, 1, dtype=torch.int64, device=self.device),
+            logprobs_tensors=None,
+            num_nans=None,
+            num_sampled=none,
+            num_rejected=none,
+        )
+        return output, none, none
+
+
+class GemCudaGraphManager(ModelCudaGraphManager):
+    """vLLM's, which chooses among the graphs that compute what a step is.
+
+    Graphs are captured without special tokens, whose number changes from step to step: a step that
+    has any runs without. Where sequences go on behind a run, the graph is one that leaves attention
+    out (piecewise), as their block tables are not those of the batch. A step of neither kind, such
+    as ordinary decoding, has all graphs that vLLM has.
+    """
+
+    def dispatch(
+        self,
+        num_reqs: int,
+        num_tokens: int,
+        uniform_token_count: int | None,
+        num_active_loras: int,
+        max_query_len: int | None = None,
+        **kwargs: Any,
+    ) -> BatchExecutionDescriptor:
+        """vLLM's choice for a step; arguments as there."""
+        step = gem_step.current()
+        if step is not None and len(step.rows_np):
+            return BatchExecutionDescriptor(
+                cg_mode=CUDAGraphMode.NONE,
+                num_tokens=num_tokens,
+                num_reqs=num_reqs,
+                num_active_loras=num_active_loras,
+            )
+        if step is not None:
+            uniform_token_count = max_query_len = None
+        return super().dispatch(
+            num_reqs,
+            num_tokens,
+            uniform_token_count,
+            num_active_loras,
+            max_query_len=max_query_len,
+            **kwargs,
+        )
+
+
+class EmbeddingsOutput(AsyncModelRunnerOutput):
+    """A step's output with embeddings, which are copied to the CPU while other steps run.
+
+    Args:
+        output: vLLM's, of the same step.
+        embeddings: on the device.
+        main_stream: where they are computed.
+        copy_stream: where they are copied.
+    """
+
+    def __init__(
+        self,
+        output: AsyncModelRunnerOutput,
+        embeddings: Sequence[Embeddings],
+        main_stream: torch.cuda.Stream,
+        copy_stream: torch.cuda.Stream,
+    ) -> None:
+        self.output = output
+        # Kept until they are copied: their memory is the main stream's.
+        self.embeddings = embeddings
+        # Sleeps while it waits, as vLLM's own.
+        self.copied = torch.cuda.Event(blocking=True)
+        with stream(copy_stream, main_stream):
+            copy_stream.wait_stream(main_stream)
+            self.on_cpu = [
+                replace(part, values=part.values.to("cpu", non_blocking=True))
+                for part in embeddings
+            ]
+            self.copied.record(copy_stream)
+
+    def get_output(self) -> ModelRunnerOutput:
+        """vLLM's output, when it is on the CPU, with the embeddings."""
+        result = self.output.get_output()
+        self.copied.synchronize()
+        result.pooler_output = Embeddings.in_order(self.on_cpu, result.req_ids)
+        return result
