@@ -10,7 +10,7 @@
 | `validation` | refusal of bad requests | patch `reserved-token-ids` |
 | `worker`, `runner`, `runner_v2` | embedding requests in generating batches | `worker_cls` |
 | `batch`, `step` | what both runners know of requests and special tokens | called by them |
-| `runs`, `attention`, `cpu_`, `flash_attention` | the GEM mask, paged | `register_backend` |
+| `runs`, `attention`, `cpu_`, `flash_`, `flex_attention` | the mask, paged | `register_backend` |
 | `lora` | the adapter at special positions | the linear layers' `quant_method` |
 | `pooler` | special tokens' hidden states to an embedding | called by `batch` |
 | `metrics` | Prometheus counter of step kinds | `vllm.stat_logger_plugins` |

@@ -36,7 +36,7 @@ else:
 def register_attention() -> None:
     """Put the GEM backend in the place of the one that it extends on this platform.
 
-    On a CPU there is but one; on CUDA `GemModelConfig` sees to it that FlashAttention is taken.
+    On a CPU there is but one; on CUDA `GemModelConfig` sees to it that one of these is taken.
     """
     if current_platform.is_cpu():
         register_backend(
@@ -46,6 +46,10 @@ def register_attention() -> None:
         register_backend(
             AttentionBackendEnum.FLASH_ATTN,
             "gem_vllm.plugin.flash_attention.GemFlashAttentionBackend",
+        )
+        register_backend(
+            AttentionBackendEnum.FLEX_ATTENTION,
+            "gem_vllm.plugin.flex_attention.GemFlexAttentionBackend",
         )
 
 

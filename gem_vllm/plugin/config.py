@@ -19,6 +19,7 @@ WORKER = "gem_vllm.plugin.worker.GemWorker"
 SCHEDULER = "gem_vllm.plugin.scheduler.GemScheduler"
 CPU_KV_CACHE_BYTES = 4 << 30
 CPU_BLOCK_SIZE = 32
+CUDA_BACKENDS = (AttentionBackendEnum.FLASH_ATTN, AttentionBackendEnum.FLEX_ATTENTION)
 # In vLLM's --additional-config; see `GemScheduler`.
 TOKENS_BESIDE_CHAT = "gem_tokens_beside_chat"
 
@@ -44,7 +45,7 @@ class GemModelConfig(VerifyAndUpdateConfig):
         vllm_config.parallel_config.worker_cls = WORKER
         vllm_config.scheduler_config.scheduler_cls = SCHEDULER
         if current_platform.is_cuda_alike():
-            take_flash_attention(vllm_config)
+            take_attention_backend(vllm_config)
         if current_platform.is_cpu():
             _bound_cpu_kv_cache(vllm_config)
             if gem_config.k > 1:
@@ -107,20 +108,24 @@ def _refuse_unsupported(vllm_config: VllmConfig, gem_config: GemConfig) -> None:
         raise ValueError("GEM checkpoints are served on vLLM's CPU and CUDA platforms only.")
 
 
-def take_flash_attention(vllm_config: VllmConfig) -> None:
-    """The backend that has the GEM mask on CUDA (`gem_vllm.plugin.flash_attention`).
+def take_attention_backend(vllm_config: VllmConfig) -> None:
+    """A backend that has the GEM mask on CUDA: FlashAttention, FlexAttention where asked for.
 
     Raises:
-        ValueError: another is asked for, or what it cannot do under the mask.
+        ValueError: another is asked for, or what they cannot do under the mask.
     """
     attention, cache = vllm_config.attention_config, vllm_config.cache_config
-    if attention.backend not in (None, AttentionBackendEnum.FLASH_ATTN):
+    if attention.backend is None:
+        attention.backend = AttentionBackendEnum.FLASH_ATTN
+    if attention.backend not in CUDA_BACKENDS:
         raise ValueError(
             f"On CUDA a GEM checkpoint runs on FLASH_ATTN, not on {attention.backend.name}. "
-            "Leave --attention-backend unset."
+            "Leave --attention-backend unset, or give the slower FLEX_ATTENTION."
         )
     if attention.backend_per_kind:
-        raise ValueError("On CUDA a GEM checkpoint runs on FLASH_ATTN. Unset backend_per_kind.")
+        raise ValueError(
+            "On CUDA a GEM checkpoint runs on one attention backend. Unset backend_per_kind."
+        )
     if is_quantized_kv_cache(cache.cache_dtype):
         raise ValueError(
             f"On CUDA a GEM checkpoint's KV cache is not quantized ({cache.cache_dtype}). "
@@ -132,7 +137,6 @@ def take_flash_attention(vllm_config: VllmConfig) -> None:
             "With context parallelism no rank has whole KV blocks, at which the GEM mask starts. "
             "Leave --decode-context-parallel-size and --prefill-context-parallel-size at 1."
         )
-    attention.backend = AttentionBackendEnum.FLASH_ATTN
 
 
 def _bound_cpu_kv_cache(vllm_config: VllmConfig) -> None:

@@ -50,8 +50,11 @@ def test_bfloat16_alone_and_mixed(
     assert cosines(embeddings_of(outputs, len(prompts)), expected).min() >= 0.999
 
 
+@pytest.mark.parametrize("backend", ["FLASH_ATTN", "FLEX_ATTENTION"])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_text_with_runs_in_it(family: str, tiny_checkpoint: Callable[..., Path]) -> None:
+def test_text_with_runs_in_it(
+    family: str, backend: str, tiny_checkpoint: Callable[..., Path]
+) -> None:
     """Special tokens inside a prompt, and rows behind them, in chunks and from the prefix cache."""
     folder = tiny_checkpoint(family, k=4)
     reference = ReferenceEmbedder(folder)
@@ -67,7 +70,11 @@ def test_text_with_runs_in_it(family: str, tiny_checkpoint: Callable[..., Path])
     ]
     states = [reference.hidden_states(prompt + special_ids)[-4:].mean(0) for prompt in prompts]
     with running_engine(
-        folder, max_model_len=256, dtype="bfloat16", max_num_batched_tokens=48
+        folder,
+        max_model_len=256,
+        dtype="bfloat16",
+        max_num_batched_tokens=48,
+        attention_backend=backend,
     ) as llm:
         for _ in range(2):
             assert cosines(embed(llm, prompts), torch.stack(states)).min() >= 0.999

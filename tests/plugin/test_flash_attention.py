@@ -16,7 +16,7 @@ from vllm.v1.attention.backends import flash_attn
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from gem_vllm.plugin import models
-from gem_vllm.plugin.config import take_flash_attention
+from gem_vllm.plugin.config import take_attention_backend
 from gem_vllm.plugin.flash_attention import GemFlashAttentionImpl, with_own_key
 from gem_vllm.reference import ReferenceEmbedder
 from tests.plugin import flash_attention as in_torch
@@ -84,7 +84,7 @@ def test_a_key_that_outweighs_all_others_does_not_overflow() -> None:
     ("part", "options", "message"),
     [
         ("attention_config", {"backend": AttentionBackendEnum.TRITON_ATTN}, "not on TRITON_ATTN"),
-        ("attention_config", {"backend_per_kind": {"full": "FLASH_ATTN"}}, "backend_per_kind"),
+        ("attention_config", {"backend_per_kind": {"full": "FLASH_ATTN"}}, "one attention backend"),
         ("cache_config", {"cache_dtype": "fp8"}, "is not quantized"),
         ("parallel_config", {"decode_context_parallel_size": 2}, "context parallelism"),
         ("parallel_config", {"prefill_context_parallel_size": 2}, "context parallelism"),
@@ -100,11 +100,11 @@ def test_what_it_cannot_do_is_refused_at_start(
             decode_context_parallel_size=1, prefill_context_parallel_size=1
         ),
     )
-    take_flash_attention(config)
+    take_attention_backend(config)
     assert config.attention_config.backend is AttentionBackendEnum.FLASH_ATTN
     vars(getattr(config, part)).update(options)
     with pytest.raises(ValueError, match=message):
-        take_flash_attention(config)
+        take_attention_backend(config)
 
 
 # A base with attention over all, one with sliding windows, one with both kinds of layers.

@@ -25,6 +25,7 @@ CHOSEN = [
     "test_conformance.py::test_any_option[few tokens beside chat]",
     "test_conformance.py::test_any_option[LoRAs]",
     "test_flash_attention.py::test_embeddings_and_generation_behind_runs[4-llama]",
+    "test_flex_attention.py::test_embeddings_and_generation_behind_runs[llama]",
     "test_parallel.py::test_two_workers[pipeline, chunks and few KV blocks]",
 ]
 WHOLE = [
@@ -33,6 +34,7 @@ WHOLE = [
     "test_compress.py",
     "test_conformance.py",
     "test_flash_attention.py",
+    "test_flex_attention.py",
     "test_generation.py",
     "test_parallel.py",
 ]
@@ -48,11 +50,12 @@ NOT_INTERPRETED = [
 
 def run_on_v2(tests: list[str], *options: str) -> int:
     """Run tests of this folder in a process whose engines have the V2 runner; how many passed."""
+    paths = [str(Path(__file__).parent / "triton_on_cpu"), os.environ.get("PYTHONPATH", "")]
     environment = {
         **os.environ,
         "TRITON_INTERPRET": "1",
         "VLLM_USE_V2_MODEL_RUNNER": "1",
-        "PYTHONPATH": str(Path(__file__).parent / "triton_on_cpu"),
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
     }
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "--show-capture=no", *options, *tests],
