@@ -15,12 +15,32 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from vllm import LLM, PoolingParams, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.sampling_params import RequestOutputKind
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.attention.selector import _cached_get_attn_backend
+
+from gem_vllm.plugin import models
 
 EMBED = PoolingParams(task="embed")
+
+
+@contextmanager
+def attending_by(backend: str) -> Iterator[None]:
+    """Models that are loaded from here on attend by this class, named as an import path."""
+    # vLLM keeps what it has chosen for layers alike.
+    _cached_get_attn_backend.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            models,
+            "register_attention",
+            lambda: register_backend(AttentionBackendEnum.CPU_ATTN, backend),
+        )
+        yield
+    _cached_get_attn_backend.cache_clear()
 
 
 @contextmanager

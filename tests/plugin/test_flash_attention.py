@@ -5,7 +5,7 @@ All but those functions is what runs on CUDA: vLLM's metadata builder and implem
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 import torch
 from vllm.v1.attention.backends import flash_attn
-from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from gem_vllm.plugin import models
 from gem_vllm.plugin.config import take_attention_backend
 from gem_vllm.plugin.flash_attention import GemFlashAttentionImpl, with_own_key
 from gem_vllm.reference import ReferenceEmbedder
 from tests.plugin import flash_attention as in_torch
 from tests.plugin.conftest import (
     EMBED,
+    attending_by,
     cosines,
     embed,
     embeddings_of,
@@ -35,18 +35,13 @@ from tests.plugin.test_behind_runs import GREEDY, NEW, tokens_of, with_runs
 
 
 @pytest.fixture
-def on_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+def on_flash_attention(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Models that are loaded from here on attend by FlashAttention."""
     for name in ("flash_attn_varlen_func", "reshape_and_cache_flash"):
         monkeypatch.setattr(flash_attn, name, getattr(in_torch, name), raising=False)
     monkeypatch.setattr(flash_attn, "get_flash_attn_version", lambda **options: 2)
-    monkeypatch.setattr(
-        models,
-        "register_attention",
-        lambda: register_backend(
-            AttentionBackendEnum.CPU_ATTN, f"{in_torch.__name__}.FlashAttentionOnCPU"
-        ),
-    )
+    with attending_by(f"{in_torch.__name__}.FlashAttentionOnCPU"):
+        yield
 
 
 @pytest.mark.parametrize("softcap", [0.0, 3.0])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from vllm.v1.attention.backends import flex_attention
-from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from gem_vllm.mask import gem_mask
-from gem_vllm.plugin import models
 from gem_vllm.plugin.flex_attention import SeenRows, sees
 from gem_vllm.plugin.runs import find_runs
 from gem_vllm.plugin.step import GemStep
@@ -22,6 +20,7 @@ from gem_vllm.reference import ReferenceEmbedder
 from tests.plugin import flex_attention as in_torch
 from tests.plugin.conftest import (
     EMBED,
+    attending_by,
     cosines,
     embeddings_of,
     named,
@@ -35,16 +34,11 @@ SPECIAL = (900, 901, 902)
 
 
 @pytest.fixture
-def on_flex_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+def on_flex_attention(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Models that are loaded from here on attend by FlexAttention."""
     monkeypatch.setattr(flex_attention, "flex_attention_compiled", in_torch.flex_attention)
-    monkeypatch.setattr(
-        models,
-        "register_attention",
-        lambda: register_backend(
-            AttentionBackendEnum.CPU_ATTN, f"{in_torch.__name__}.FlexAttentionOnCPU"
-        ),
-    )
+    with attending_by(f"{in_torch.__name__}.FlexAttentionOnCPU"):
+        yield
 
 
 @given(

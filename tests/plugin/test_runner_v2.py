@@ -58,7 +58,16 @@ def run_on_v2(tests: list[str], *options: str) -> int:
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
     }
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--show-capture=no", *options, *tests],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "--show-capture=no",
+            "--disable-warnings",
+            *options,
+            *tests,
+        ],
         env=environment,
         cwd=ROOT,
         capture_output=True,

@@ -17,6 +17,8 @@ from gem_vllm.commands.fetch import fetch_model
 from gem_vllm.machine import serve_dtype
 from gem_vllm.reference import ReferenceEmbedder
 from tests.plugin.conftest import EMBED, cosines, embed, named, run_together, running_engine
+from tests.plugin.random_load import RandomLoad
+from tests.plugin.test_conformance import serve_load
 from tests.tiny import make_tiny_checkpoint
 
 EMULATED = serve_dtype() != "auto"
@@ -79,6 +81,23 @@ def test_float32_agreement(
         outputs = run_together(llm, chats | {f"t{i}": (t, EMBED) for i, t in enumerate(texts)})
     mixed = torch.stack([outputs[f"t{i}"].outputs.data for i in range(len(texts))])
     assert cosines(mixed, expected).min() >= 0.9999
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_num_batched_tokens": 64, "num_gpu_blocks_override": 60},
+        {"additional_config": {"gem_tokens_beside_chat": 24}},
+        {"enforce_eager": False},
+    ],
+    ids=["chunks and few KV blocks", "few tokens beside chat", "compiled"],
+)
+def test_random_load(options: dict[str, Any], checkpoint: Callable[[int], Path]) -> None:
+    """As the tiny models in `test_conformance`."""
+    load = RandomLoad(ReferenceEmbedder(checkpoint(4)), LIMIT, seed=4, abort_share=0.1)
+    with running_engine(checkpoint(4), max_model_len=LIMIT, **options) as llm:
+        serve_load(llm, load, 40, at_once=16)
 
 
 @needs_bfloat16
