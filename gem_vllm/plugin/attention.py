@@ -25,7 +25,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-from gem_vllm.plugin.step import GemStep, IntArray, Segments, current
+from gem_vllm.plugin.step import GemStep, Segments, current
 
 if TYPE_CHECKING:
     _Base = Any
@@ -140,37 +140,44 @@ def in_segments(
         block_size: of this layer group.
     """
     device = metadata.block_table_tensor.device
-    seq_lens = (segments.end - segments.start).astype(np.int32)
+    request_index = async_tensor_h2d(segments.request_index, device)
+    # By how much each is shorter than its request. How long that is only the device knows, as long
+    # as speculated tokens may have been rejected; what is known here is the most that it can be.
+    request_end = np.zeros(metadata.num_reqs, dtype=np.int64)
+    np.maximum.at(request_end, segments.request_index, segments.end)
+    shorter = request_end[segments.request_index] - segments.end + segments.start
     query_start_loc = np.zeros(len(segments.num_rows) + 1, dtype=np.int32)
     np.cumsum(segments.num_rows, out=query_start_loc[1:])
     return replace(
         metadata,
         query_start_loc=async_tensor_h2d(query_start_loc, device),
         query_start_loc_cpu=torch.from_numpy(query_start_loc),
-        seq_lens=async_tensor_h2d(seq_lens, device),
-        num_reqs=len(seq_lens),
+        seq_lens=metadata.seq_lens[request_index]
+        - async_tensor_h2d(shorter.astype(np.int32), device),
+        num_reqs=len(segments.start),
         max_query_len=int(segments.num_rows.max()),
-        max_seq_len=int(seq_lens.max()),
+        max_seq_len=int((segments.end - segments.start).max()),
         block_table_tensor=block_tables_from(
-            metadata.block_table_tensor, segments.request_index, segments.start // block_size
+            metadata.block_table_tensor,
+            request_index,
+            async_tensor_h2d(segments.start // block_size, device),
         ),
     )
 
 
 def block_tables_from(
-    block_table: torch.Tensor, request_index: IntArray, first_block: IntArray
+    block_table: torch.Tensor, request_index: torch.Tensor, first_block: torch.Tensor
 ) -> torch.Tensor:
     """Block tables that start later, one for each of n sequences.
 
     Args:
         block_table: int32 [requests, blocks].
-        request_index: int64 [n]: the request that each sequence is of.
-        first_block: int64 [n]: where each starts, within its request.
+        request_index: int64 [n], on the same device: the request that each sequence is of.
+        first_block: int64 [n], on the same device: where each starts, within its request.
 
     Returns:
         int32 [n, blocks]; behind a request's last block there is anything.
     """
     device, width = block_table.device, block_table.shape[1]
-    columns = async_tensor_h2d(first_block, device)[:, None] + torch.arange(width, device=device)
-    rows = block_table[async_tensor_h2d(request_index, device)]
-    return rows.gather(1, columns.clamp(max=width - 1))
+    columns = first_block[:, None] + torch.arange(width, device=device)
+    return block_table[request_index].gather(1, columns.clamp(max=width - 1))

@@ -124,6 +124,7 @@ class GemBatch:
         num_computed: gem_step.IntArray,
         num_scheduled: gem_step.IntArray,
         *,
+        num_drafts: gem_step.IntArray | None,
         all_rows_are_read: bool,
         loras: bool,
     ) -> Plan:
@@ -132,8 +133,10 @@ class GemBatch:
         Args:
             model: a `GemCausalLM`.
             req_ids: of the batch, in its order.
-            num_computed: int [requests]: tokens computed before this step.
+            num_computed: int [requests]: tokens computed before this step; behind the prompt it may
+                be more, as long as it is not known which speculated tokens are accepted.
             num_scheduled: int [requests]: tokens computed in this step.
+            num_drafts: int [requests]: how many of those are speculated; None for none of any.
             all_rows_are_read: whether more is read than embeddings and rows to sample from.
             loras: whether ordinary LoRAs are served, which count on the rows of all requests.
         """
@@ -153,17 +156,17 @@ class GemBatch:
             step=step,
         )
         gem_step.publish(step)
+        sampled, request_of_sampled = _rows_to_sample_from(num_scheduled, num_drafts)
         model.logits_rows = None
         if embedding and not loras:
-            generating = np.setdiff1d(np.arange(len(req_ids)), embedding)
+            generating = np.isin(request_of_sampled, embedding, invert=True).nonzero()[0]
             model.logits_rows = async_tensor_h2d(generating, self.device)
         if model.last_mlp is not None:
-            rows_end = np.cumsum(num_scheduled)
-            most_are_read = 2 * len(req_ids) > rows_end[-1]
+            most_are_read = 2 * len(sampled) > num_scheduled.sum()
             model.last_mlp.read_rows = (
                 None
                 if all_rows_are_read or most_are_read
-                else ReadRows.of_step(step, rows_end - 1, self.device)
+                else ReadRows.of_step(step, sampled, self.device)
             )
         return self.plan
 
@@ -230,6 +233,22 @@ class GemBatch:
             states[request_id] = its_states
             begin += n
         return self.partial_states | states
+
+
+def _rows_to_sample_from(
+    num_scheduled: gem_step.IntArray, num_drafts: gem_step.IntArray | None
+) -> tuple[gem_step.IntArray, gem_step.IntArray]:
+    """Rows among the step's tokens, in batch order, and the request that each belongs to.
+
+    Args:
+        num_scheduled: int [requests]: tokens computed in the step.
+        num_drafts: int [requests]: how many of those are speculated, each request's last; None for
+            none. A token is sampled behind each of them, and behind the one before.
+    """
+    counts = np.ones_like(num_scheduled) if num_drafts is None else 1 + num_drafts
+    request = np.repeat(np.arange(len(counts)), counts)
+    rows = (np.cumsum(num_scheduled) - np.cumsum(counts))[request] + np.arange(len(request))
+    return rows, request
 
 
 def with_longer_windows(specs: dict[str, KVCacheSpec], gem_config: GemConfig) -> None:

@@ -61,7 +61,9 @@ class SpecialRows:
         return SpecialRows(
             rows=async_tensor_h2d(step.rows_np[chosen], device),
             block_table=block_tables_from(
-                block_table, step.request_index[chosen], seen_from // block_size
+                block_table,
+                async_tensor_h2d(step.request_index[chosen], device),
+                async_tensor_h2d(seen_from // block_size, device),
             ),
             text_lens=async_tensor_h2d(text_lens.astype(np.int32), device),
             max_text_len=int(text_lens.max()),
@@ -112,8 +114,8 @@ class GemFlashAttentionMetadataBuilder(MaskedMetadataBuilder, FlashAttentionMeta
     """Plans the second call for steps with special tokens that need it."""
 
     metadata_class = GemFlashAttentionMetadata
-    # A graph of steps that are no plain decoding would hold block tables that start elsewhere.
-    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    # Whole steps are captured of decoding only; others are parted into sequences, or call twice.
+    _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
     # Another layer group's tables cannot be put into segments and special rows.
     supports_update_block_table = False
 

@@ -124,7 +124,7 @@ class GemFlexAttentionMetadataBuilder(FlexAttentionMetadataBuilder):
     """Brings the GEM mask into the metadata of steps that it concerns."""
 
     # As `GemFlashAttentionMetadataBuilder`.
-    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
     supports_update_block_table = False
 
     def build(

@@ -43,7 +43,7 @@ class ReadRows:
 
         Args:
             step: the special tokens of the step.
-            sampled: int [requests]: the last row of each request.
+            sampled: int [m]: rows to sample from.
             device: the model's.
         """
         special = np.empty(0, dtype=np.int64) if step is None else step.rows_np

@@ -74,11 +74,15 @@ class GemModelRunner(_Runner):
     ) -> Any:
         prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
         batch, num_reqs = self.input_batch, len(num_scheduled_tokens)
+        drafts = scheduler_output.scheduled_spec_decode_tokens
         plan = self.gem_batch.begin(
             self.model,
             batch.req_ids[:num_reqs],
             batch.num_computed_tokens_cpu[:num_reqs],
             num_scheduled_tokens,
+            num_drafts=np.array([len(drafts.get(req_id, ())) for req_id in batch.req_ids])
+            if drafts
+            else None,
             all_rows_are_read=bool(self.num_prompt_logprobs),
             loras=self.lora_config is not None,
         )

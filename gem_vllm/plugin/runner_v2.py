@@ -84,6 +84,7 @@ class GemModelRunnerV2(GPUModelRunner):
             state.req_ids,
             self.req_states.num_computed_tokens_np[state.idx_mapping_np],
             state.num_scheduled_tokens,
+            num_drafts=state.num_draft_tokens_np,
             all_rows_are_read=prompt_logprobs is not None
             and (
                 bool(prompt_logprobs.uses_prompt_logprobs[state.idx_mapping_np].any())

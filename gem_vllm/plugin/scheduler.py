@@ -75,10 +75,14 @@ class GemScheduler(AsyncScheduler):
         Args:
             tokens: of prompts, to embed or to answer, that the step may have beside those.
         """
-        waits = {request.request_id for request in self.running if not _is_prompt_left(request)}
+        waits = {
+            request.request_id: 1 + len(request.spec_token_ids)
+            for request in self.running
+            if not _is_prompt_left(request)
+        }
         # vLLM gives out a step's tokens in this order.
         self.running.sort(key=lambda request: request.request_id not in waits)
-        budget = len(waits) + tokens if waits else self._tokens_of_a_step
+        budget = sum(waits.values()) + tokens if waits else self._tokens_of_a_step
         self.max_num_scheduled_tokens = min(budget, self._tokens_of_a_step)
 
     def _free_what_runs_hide(self) -> None:

@@ -70,6 +70,7 @@ def test_chunks_of_any_size(texts: list[list[int]], chunks: list[int], with_chat
             left,
             np.array(begin),
             np.array(scheduled),
+            num_drafts=None,
             all_rows_are_read=False,
             loras=False,
         )
@@ -103,11 +104,47 @@ def test_what_is_read_of_the_last_layer() -> None:
     )
     model = SimpleNamespace(logits_rows=None, last_mlp=SimpleNamespace(read_rows=None))
     columns = ["chat", "text"], np.array([2, 0]), np.array([1, len(text)])
-    batch.begin(model, *columns, all_rows_are_read=False, loras=False)
+    batch.begin(model, *columns, num_drafts=None, all_rows_are_read=False, loras=False)
     assert model.logits_rows.tolist() == [0]
     assert model.last_mlp.read_rows.rows.tolist() == [13, 14, 15, 0]
     assert model.last_mlp.read_rows.special.tolist() == [0, 1, 2]
-    batch.begin(model, *columns, all_rows_are_read=True, loras=True)
+    batch.begin(model, *columns, num_drafts=None, all_rows_are_read=True, loras=True)
     assert model.logits_rows is None
     assert model.last_mlp.read_rows is None
     batch.end_forward(model)
+
+
+def test_rows_to_sample_from_with_drafts() -> None:
+    """A text between a chat with two drafts and one without; a chat whose prompt is not done."""
+    batch = GemBatch(CONFIG, torch.device("cpu"))
+    text = [*range(4), *SPECIAL]
+    batch.add([request("text", text, pooling_params=PoolingParams(task="embed"))])
+    model = SimpleNamespace(logits_rows=None, last_mlp=SimpleNamespace(read_rows=None))
+    batch.begin(
+        model,
+        ["two", "text", "none", "prompt"],
+        np.array([20, 0, 9, 0]),
+        np.array([3, len(text), 1, 30]),
+        num_drafts=np.array([2, 0, 0, 0]),
+        all_rows_are_read=False,
+        loras=False,
+    )
+    batch.end_forward(model)
+    # Logits of the first chat's three rows, the text's, the second chat's, the prompt's.
+    assert model.logits_rows.tolist() == [0, 1, 2, 4, 5]
+
+
+def test_what_is_read_with_drafts() -> None:
+    batch = GemBatch(CONFIG, torch.device("cpu"))
+    last_mlp = SimpleNamespace(read_rows=None)
+    batch.begin(
+        SimpleNamespace(logits_rows=None, last_mlp=last_mlp),
+        ["two", "prompt"],
+        np.array([20, 0]),
+        np.array([3, 30]),
+        num_drafts=np.array([2, 0]),
+        all_rows_are_read=False,
+        loras=False,
+    )
+    gem_step.publish(None)
+    assert last_mlp.read_rows.rows.tolist() == [0, 1, 2, 32]

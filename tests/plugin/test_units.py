@@ -232,10 +232,6 @@ def test_step_counts_travel_and_leave_nothing_behind() -> None:
         ),
         ({"enable_batch_sharded_sampling": True}, "Leave --enable-batch-sharded-sampling unset"),
         ({"enable_dbo": True}, "Leave --enable-dbo"),
-        (
-            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
-            "Speculative decoding is not supported",
-        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -246,6 +242,15 @@ def test_what_cannot_work_is_refused_at_start(
     folder = str(tiny_checkpoint("llama", k=4))
     with pytest.raises(ValueError, match=message):
         EngineArgs(model=folder, enforce_eager=True, **options).create_engine_config()
+
+
+def test_a_draft_model_is_refused(tiny_checkpoint: Callable[..., Path]) -> None:
+    load_general_plugins()
+    folder = str(tiny_checkpoint("llama", k=4))
+    draft = {"method": "draft_model", "model": folder, "num_speculative_tokens": 2}
+    args = EngineArgs(model=folder, enforce_eager=True, speculative_config=draft)
+    with pytest.raises(ValueError, match="is by ngram or ngram_gpu, not by draft_model"):
+        args.create_engine_config()
 
 
 def test_the_engine_is_configured(tiny_checkpoint: Callable[..., Path]) -> None:

@@ -6,11 +6,15 @@ looks for Triton when it is imported.
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 from triton.backends import backends
 from triton.backends.compiler import GPUTarget
+from triton.runtime.interpreter import InterpreterBuilder
 
 CPU = GPUTarget("cpu", 0, 1)
 
@@ -44,3 +48,20 @@ class Compiler:
 
 
 backends["cpu"] = SimpleNamespace(driver=Driver, compiler=Compiler)
+
+
+def with_masks_of_bool(access: Callable[..., Any]) -> Callable[..., Any]:
+    """Let `access` take a mask of any integers, as compiled kernels do."""
+    signature = inspect.signature(access)
+
+    @functools.wraps(access)
+    def converted(*args: Any, **kwargs: Any) -> Any:
+        mask = signature.bind(*args, **kwargs).arguments["mask"]
+        mask.data = mask.data.astype(bool)
+        return access(*args, **kwargs)
+
+    return converted
+
+
+for name in ("create_masked_load", "create_masked_store"):
+    setattr(InterpreterBuilder, name, with_masks_of_bool(getattr(InterpreterBuilder, name)))
