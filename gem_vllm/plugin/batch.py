@@ -8,6 +8,7 @@ straddle two chunks of the prompt.
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
 
 from gem_vllm.config import GemConfig
+from gem_vllm.errors import GemError
 from gem_vllm.plugin import step as gem_step
 from gem_vllm.plugin.last_layer import ReadRows
 from gem_vllm.plugin.pooler import pool_special_tokens
@@ -265,3 +267,17 @@ def with_longer_windows(specs: dict[str, KVCacheSpec], gem_config: GemConfig) ->
         if isinstance(spec, SlidingWindowSpec):
             longer = spec.sliding_window + spec.block_size + gem_config.k
             specs[name] = replace(spec, sliding_window=longer)
+
+
+def check_overrides(mixin: type, runner: type) -> None:
+    """Raise GemError where `mixin` overrides what vLLM's `runner` class no longer has."""
+    missing = [
+        name
+        for name, value in vars(mixin).items()
+        if inspect.isfunction(value) and not hasattr(runner, name)
+    ]
+    if missing:
+        raise GemError(
+            f"vLLM has moved under gem-vllm's model runner: {runner.__name__} has no "
+            f"{', '.join(missing)}. Install a vLLM version that this gem-vllm supports."
+        )

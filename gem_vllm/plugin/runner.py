@@ -16,7 +16,7 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from gem_vllm.config import GemConfig
 from gem_vllm.plugin import step as gem_step
-from gem_vllm.plugin.batch import Embeddings, GemBatch, with_longer_windows
+from gem_vllm.plugin.batch import Embeddings, GemBatch, check_overrides, with_longer_windows
 from gem_vllm.plugin.frames import with_room
 
 if TYPE_CHECKING:
@@ -32,7 +32,12 @@ class GemModelRunner(_Runner):
 
     @staticmethod
     def enable(runner: Any, gem_config: GemConfig) -> None:
-        """Make `runner`, fresh from vLLM's worker, serve embedding requests too."""
+        """Make `runner`, fresh from vLLM's worker, serve embedding requests too.
+
+        Raises:
+            GemError: it lacks what is overridden here.
+        """
+        check_overrides(GemModelRunner, type(runner))
         runner.__class__ = type(f"Gem{type(runner).__name__}", (GemModelRunner, type(runner)), {})
         runner.gem_batch = GemBatch(gem_config, runner.device)
 

@@ -24,7 +24,7 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from gem_vllm.config import GemConfig
 from gem_vllm.plugin import step as gem_step
-from gem_vllm.plugin.batch import Embeddings, GemBatch, with_longer_windows
+from gem_vllm.plugin.batch import Embeddings, GemBatch, check_overrides, with_longer_windows
 from gem_vllm.plugin.frames import with_room
 
 
@@ -35,7 +35,12 @@ class GemModelRunnerV2(GPUModelRunner):
 
     @staticmethod
     def enable(runner: Any, gem_config: GemConfig) -> None:
-        """Make `runner`, fresh from vLLM's worker, serve embedding requests too."""
+        """Make `runner`, fresh from vLLM's worker, serve embedding requests too.
+
+        Raises:
+            GemError: it lacks what is overridden here.
+        """
+        check_overrides(GemModelRunnerV2, type(runner))
         runner.__class__ = type(f"Gem{type(runner).__name__}", (GemModelRunnerV2, type(runner)), {})
         runner.gem_batch = GemBatch(gem_config, runner.device)
 
@@ -129,7 +134,7 @@ class GemModelRunnerV2(GPUModelRunner):
         assert plan is not None
         if len(plan.embedding) == input_batch.num_reqs:
             self.model.logits_rows = None
-            return self._nothing_sampled(input_batch.num_reqs)
+            return _nothing_sampled(input_batch.num_reqs, self.device)
         output, num_sampled, num_rejected = super().sample(
             hidden_states, input_batch, grammar_output
         )
@@ -137,16 +142,20 @@ class GemModelRunnerV2(GPUModelRunner):
             num_sampled.index_fill_(0, async_tensor_h2d(plan.embedding, self.device), 0)
         return output, num_sampled, num_rejected
 
-    def _nothing_sampled(self, num_reqs: int) -> tuple[SamplerOutput, torch.Tensor, torch.Tensor]:
-        none = torch.zeros(num_reqs, dtype=torch.int32, device=self.device)
-        output = SamplerOutput(
-            sampled_token_ids=torch.zeros(num_reqs, 1, dtype=torch.int64, device=self.device),
-            logprobs_tensors=None,
-            num_nans=None,
-            num_sampled=none,
-            num_rejected=none,
-        )
-        return output, none, none
+
+def _nothing_sampled(
+    num_reqs: int, device: torch.device
+) -> tuple[SamplerOutput, torch.Tensor, torch.Tensor]:
+    """What `sample` gives where no request gets a token."""
+    none = torch.zeros(num_reqs, dtype=torch.int32, device=device)
+    output = SamplerOutput(
+        sampled_token_ids=torch.zeros(num_reqs, 1, dtype=torch.int64, device=device),
+        logprobs_tensors=None,
+        num_nans=None,
+        num_sampled=none,
+        num_rejected=none,
+    )
+    return output, none, none
 
 
 class GemCudaGraphManager(ModelCudaGraphManager):

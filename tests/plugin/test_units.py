@@ -33,7 +33,7 @@ from gem_vllm.plugin.last_layer import LastLayerMLP, ReadRows
 from gem_vllm.plugin.metrics import STEP_KINDS, attach_step_counts, take_step_counts
 from gem_vllm.plugin.pooler import pool_special_tokens
 from gem_vllm.plugin.runner import GemModelRunner
-from gem_vllm.plugin.runner_v2 import GemCudaGraphManager
+from gem_vllm.plugin.runner_v2 import GemCudaGraphManager, GemModelRunnerV2
 from gem_vllm.plugin.runs import check_runs, find_runs, pad_runs
 from gem_vllm.plugin.scheduler import append_special_tokens
 from gem_vllm.plugin.step import GemStep
@@ -294,6 +294,17 @@ def test_the_workers_of_a_cpu_share_what_the_kv_cache_gets(
     ):
         config = EngineArgs(model=folder, enforce_eager=True, **options).create_engine_config()
         assert config.cache_config.kv_cache_memory_bytes == (3 << 29) // workers
+
+
+@pytest.mark.parametrize(
+    ("mixin", "method"),
+    [(GemModelRunner, "_prepare_inputs"), (GemModelRunnerV2, "gather_batch_req_state")],
+)
+def test_a_runner_that_lacks_what_is_overridden_is_refused(mixin: Any, method: str) -> None:
+    names = {name for name, value in vars(mixin).items() if callable(value)} - {method}
+    runner = type("MovedRunner", (), {name: lambda self: None for name in names})()
+    with pytest.raises(GemError, match=f"MovedRunner has no {method}"):
+        mixin.enable(runner, GemConfig(SPECIAL, pooling="mean", base_model="b"))
 
 
 class GraphChoice:
