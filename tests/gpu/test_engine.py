@@ -80,9 +80,16 @@ def test_text_with_runs_in_it(
             assert cosines(embed(llm, prompts), torch.stack(states)).min() >= 0.999
 
 
+@pytest.mark.parametrize("runner", ["V2", "V1"])
 @pytest.mark.parametrize("k", [1, 4])
-def test_compiled_and_with_cuda_graphs(k: int, tiny_checkpoint: Callable[..., Path]) -> None:
+def test_compiled_and_with_cuda_graphs(
+    k: int,
+    runner: str,
+    tiny_checkpoint: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """As `vllm serve` runs: embeddings, chats alone, both at once, and chats behind runs."""
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", str(int(runner == "V2")))
     folder = tiny_checkpoint("llama", k=k)
     reference = ReferenceEmbedder(folder)
     special_ids = list(reference.gem_config.special_token_ids)
