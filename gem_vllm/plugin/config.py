@@ -20,7 +20,6 @@ SCHEDULER = "gem_vllm.plugin.scheduler.GemScheduler"
 CPU_KV_CACHE_BYTES = 4 << 30
 CPU_BLOCK_SIZE = 32
 CUDA_BACKENDS = (AttentionBackendEnum.FLASH_ATTN, AttentionBackendEnum.FLEX_ATTENTION)
-SPECULATIVE_METHODS = ("ngram", "ngram_gpu")
 # In vLLM's --additional-config; see `GemScheduler`.
 TOKENS_BESIDE_CHAT = "gem_tokens_beside_chat"
 
@@ -76,11 +75,11 @@ def _refuse_unsupported(vllm_config: VllmConfig, gem_config: GemConfig) -> None:
     if model_config.pooler_config is not None:
         raise ValueError("A GEM checkpoint says itself how it pools. Leave --pooler-config unset.")
     speculative = vllm_config.speculative_config
-    if speculative is not None and speculative.method not in SPECULATIVE_METHODS:
+    if speculative is not None and speculative.method != "ngram":
         raise ValueError(
-            f"Speculative decoding of a GEM checkpoint is by {' or '.join(SPECULATIVE_METHODS)}, "
-            f"not by {speculative.method}: a draft model does not know the special tokens. Give "
-            "another method in --speculative-config, or leave it unset."
+            f"Speculative decoding of a GEM checkpoint is by ngram, not by {speculative.method}: a "
+            "draft model does not know the special tokens. Give ngram as the method in "
+            "--speculative-config, or leave it unset."
         )
     if vllm_config.parallel_config.use_ubatching:
         raise ValueError(

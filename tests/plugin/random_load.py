@@ -54,12 +54,12 @@ class RandomLoad:
     def request(self) -> Request:
         """A text to embed, a prompt to answer, or one of either with runs in it."""
         runs = self.random.choice([0, 0, 0, 1, 2])
-        prompt = self._text()
+        first = prompt = self._text()
         for _ in range(runs):
-            prompt += [*self.reference.gem_config.special_token_ids, *self._text()]
+            prompt = [*prompt, *self.reference.gem_config.special_token_ids, *self._text()]
         # Padding before runs is the engine's own.
         if len(prompt) + 128 * runs + 40 > self.limit:
-            prompt = prompt[: self.random.randint(1, 20)]
+            prompt = first[: self.random.randint(1, 20)]
         params: SamplingParams | PoolingParams = EMBED.clone()
         if self.random.random() < 0.5:
             params = SamplingParams(

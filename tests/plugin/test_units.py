@@ -249,7 +249,7 @@ def test_a_draft_model_is_refused(tiny_checkpoint: Callable[..., Path]) -> None:
     folder = str(tiny_checkpoint("llama", k=4))
     draft = {"method": "draft_model", "model": folder, "num_speculative_tokens": 2}
     args = EngineArgs(model=folder, enforce_eager=True, speculative_config=draft)
-    with pytest.raises(ValueError, match="is by ngram or ngram_gpu, not by draft_model"):
+    with pytest.raises(ValueError, match="is by ngram, not by draft_model"):
         args.create_engine_config()
 
 
