@@ -27,7 +27,6 @@ CHOSEN = [
     "test_flash_attention.py::test_embeddings_and_generation_behind_runs[4-llama]",
     "test_flex_attention.py::test_embeddings_and_generation_behind_runs[llama]",
     "test_parallel.py::test_two_workers[pipeline, chunks and few KV blocks]",
-    "test_speculative.py::test_by_ngrams[any share]",
 ]
 WHOLE = [
     "test_agreement.py",

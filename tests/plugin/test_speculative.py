@@ -40,7 +40,13 @@ def accepted_drafts(llm: LLM) -> int:
     return sum(metric.value for metric in llm.get_metrics() if metric.name == name)
 
 
-@pytest.mark.parametrize("beside_chat", [None, 24], ids=["any share", "a small share"])
+@pytest.mark.parametrize(
+    "beside_chat",
+    [
+        pytest.param(None, id="any share"),
+        pytest.param(24, id="a small share", marks=pytest.mark.slow),
+    ],
+)
 def test_by_ngrams(
     beside_chat: int | None,
     tiny_checkpoint: Callable[..., Path],
