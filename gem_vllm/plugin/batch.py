@@ -12,7 +12,7 @@ import inspect
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,9 +25,15 @@ from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
 from gem_vllm.config import GemConfig
 from gem_vllm.errors import GemError
 from gem_vllm.plugin import step as gem_step
+from gem_vllm.plugin.frames import with_room
 from gem_vllm.plugin.last_layer import ReadRows
 from gem_vllm.plugin.pooler import pool_special_tokens
 from gem_vllm.plugin.runs import Run, find_runs
+
+if TYPE_CHECKING:
+    _Runner = Any
+else:
+    _Runner = object
 
 _DISCARDED = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False)
 
@@ -253,31 +259,53 @@ def _rows_to_sample_from(
     return rows, request
 
 
-def with_longer_windows(specs: dict[str, KVCacheSpec], gem_config: GemConfig) -> None:
-    """Let the KV cache keep what the sliding windows of the GEM mask see.
+class GemRunner(_Runner):
+    """Mixin over vLLM's runners: what both of them do alike."""
 
-    A run's window counts neither its padding nor its tokens (`gem_vllm.mask`), so keys and values
-    are kept for longer by as many. What is attended to is set by the layers.
+    gem_batch: GemBatch
 
-    Args:
-        specs: layer name to vLLM's spec; changed in place.
-        gem_config: the checkpoint's.
-    """
-    for name, spec in specs.items():
-        if isinstance(spec, SlidingWindowSpec):
-            longer = spec.sliding_window + spec.block_size + gem_config.k
-            specs[name] = replace(spec, sliding_window=longer)
+    @classmethod
+    def enable(cls, runner: Any, gem_config: GemConfig) -> None:
+        """Make `runner`, fresh from vLLM's worker, serve embedding requests too.
 
+        Raises:
+            GemError: it lacks what is overridden.
+        """
+        vllm_class = type(runner)
+        missing = [
+            name
+            for mixin in (cls, GemRunner)
+            for name, value in vars(mixin).items()
+            if inspect.isfunction(value) and not hasattr(vllm_class, name)
+        ]
+        if missing:
+            raise GemError(
+                f"vLLM has moved under gem-vllm's model runner: {vllm_class.__name__} has no "
+                f"{', '.join(missing)}. Install a vLLM version that this gem-vllm supports."
+            )
+        runner.__class__ = type(f"Gem{vllm_class.__name__}", (cls, vllm_class), {})
+        runner.gem_batch = GemBatch(gem_config, runner.device)
 
-def check_overrides(mixin: type, runner: type) -> None:
-    """Raise GemError where `mixin` overrides what vLLM's `runner` class no longer has."""
-    missing = [
-        name
-        for name, value in vars(mixin).items()
-        if inspect.isfunction(value) and not hasattr(runner, name)
-    ]
-    if missing:
-        raise GemError(
-            f"vLLM has moved under gem-vllm's model runner: {runner.__name__} has no "
-            f"{', '.join(missing)}. Install a vLLM version that this gem-vllm supports."
-        )
+    def get_supported_tasks(self) -> tuple[Any, ...]:
+        """vLLM's tasks for the model, and `embed`."""
+        return (*super().get_supported_tasks(), "embed")
+
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        """vLLM's, with longer windows.
+
+        A run's window counts neither its padding nor its tokens (`gem_vllm.mask`), so keys and
+        values are kept for longer by as many. What is attended to is set by the layers.
+        """
+        specs = super().get_kv_cache_spec()
+        for name, spec in specs.items():
+            if isinstance(spec, SlidingWindowSpec):
+                longer = spec.sliding_window + spec.block_size + self.gem_batch.gem_config.k
+                specs[name] = replace(spec, sliding_window=longer)
+        return specs
+
+    def execute_model(self, *args: Any, **kwargs: Any) -> Any:
+        """One forward pass; the step's special tokens are known only while it runs."""
+        try:
+            return with_room(super().execute_model, *args, **kwargs)
+        finally:
+            self.gem_batch.end_forward(self.model)

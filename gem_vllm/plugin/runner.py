@@ -11,13 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from vllm.distributed import get_pp_group
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
-from gem_vllm.config import GemConfig
 from gem_vllm.plugin import step as gem_step
-from gem_vllm.plugin.batch import Embeddings, GemBatch, check_overrides, with_longer_windows
-from gem_vllm.plugin.frames import with_room
+from gem_vllm.plugin.batch import Embeddings, GemRunner
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner as _Runner
@@ -25,21 +22,8 @@ else:
     _Runner = object
 
 
-class GemModelRunner(_Runner):
+class GemModelRunner(GemRunner, _Runner):
     """Mixin over vLLM's V1 runners; `enable` puts it in front of an existing runner."""
-
-    gem_batch: GemBatch
-
-    @staticmethod
-    def enable(runner: Any, gem_config: GemConfig) -> None:
-        """Make `runner`, fresh from vLLM's worker, serve embedding requests too.
-
-        Raises:
-            GemError: it lacks what is overridden here.
-        """
-        check_overrides(GemModelRunner, type(runner))
-        runner.__class__ = type(f"Gem{type(runner).__name__}", (GemModelRunner, type(runner)), {})
-        runner.gem_batch = GemBatch(gem_config, runner.device)
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """vLLM's, with room for what the rank before sends, where there is one.
@@ -51,23 +35,6 @@ class GemModelRunner(_Runner):
             self.intermediate_tensors = self.model.make_empty_intermediate_tensors(
                 batch_size=self.max_num_tokens, dtype=self.dtype, device=self.device
             )
-
-    def get_supported_tasks(self) -> tuple[Any, ...]:
-        """vLLM's tasks for the model, and `embed`."""
-        return (*super().get_supported_tasks(), "embed")
-
-    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
-        """vLLM's, with longer windows."""
-        specs = super().get_kv_cache_spec()
-        with_longer_windows(specs, self.gem_batch.gem_config)
-        return specs
-
-    def execute_model(self, *args: Any, **kwargs: Any) -> Any:
-        """One forward pass; the step's special tokens are known only while it runs."""
-        try:
-            return with_room(super().execute_model, *args, **kwargs)
-        finally:
-            self.gem_batch.end_forward(self.model)
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
         self.gem_batch.finish(scheduler_output.finished_req_ids)

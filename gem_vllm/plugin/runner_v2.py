@@ -14,7 +14,6 @@ import torch
 from vllm.config.compilation import CUDAGraphMode
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
-from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.gpu.async_utils import stream
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, ModelCudaGraphManager
@@ -22,37 +21,12 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
-from gem_vllm.config import GemConfig
 from gem_vllm.plugin import step as gem_step
-from gem_vllm.plugin.batch import Embeddings, GemBatch, check_overrides, with_longer_windows
-from gem_vllm.plugin.frames import with_room
+from gem_vllm.plugin.batch import Embeddings, GemRunner
 
 
-class GemModelRunnerV2(GPUModelRunner):
+class GemModelRunnerV2(GemRunner, GPUModelRunner):
     """Mixin over vLLM's V2 runners; `enable` puts it in front of an existing runner."""
-
-    gem_batch: GemBatch
-
-    @staticmethod
-    def enable(runner: Any, gem_config: GemConfig) -> None:
-        """Make `runner`, fresh from vLLM's worker, serve embedding requests too.
-
-        Raises:
-            GemError: it lacks what is overridden here.
-        """
-        check_overrides(GemModelRunnerV2, type(runner))
-        runner.__class__ = type(f"Gem{type(runner).__name__}", (GemModelRunnerV2, type(runner)), {})
-        runner.gem_batch = GemBatch(gem_config, runner.device)
-
-    def get_supported_tasks(self) -> tuple[Any, ...]:
-        """vLLM's tasks for the model, and `embed`."""
-        return (*super().get_supported_tasks(), "embed")
-
-    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
-        """vLLM's, with longer windows."""
-        specs = super().get_kv_cache_spec()
-        with_longer_windows(specs, self.gem_batch.gem_config)
-        return specs
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         """vLLM's; then graphs are chosen by what a step is."""
@@ -68,13 +42,6 @@ class GemModelRunnerV2(GPUModelRunner):
         """vLLM's, with embedding requests as requests that sample a token."""
         self.gem_batch.add(scheduler_output.scheduled_new_reqs)
         super().add_requests(scheduler_output)
-
-    def execute_model(self, *args: Any, **kwargs: Any) -> Any:
-        """One forward pass; the step's special tokens are known only while it runs."""
-        try:
-            return with_room(super().execute_model, *args, **kwargs)
-        finally:
-            self.gem_batch.end_forward(self.model)
 
     def gather_batch_req_state(
         self, scheduler_output: SchedulerOutput, dummy_run: bool

@@ -29,6 +29,7 @@ from gem_vllm.config import GemConfig
 from gem_vllm.errors import GemError
 from gem_vllm.mask import gem_mask
 from gem_vllm.plugin import step as gem_step
+from gem_vllm.plugin.batch import GemRunner
 from gem_vllm.plugin.last_layer import LastLayerMLP, ReadRows
 from gem_vllm.plugin.metrics import STEP_KINDS, attach_step_counts, take_step_counts
 from gem_vllm.plugin.pooler import pool_special_tokens
@@ -301,8 +302,8 @@ def test_the_workers_of_a_cpu_share_what_the_kv_cache_gets(
     [(GemModelRunner, "_prepare_inputs"), (GemModelRunnerV2, "gather_batch_req_state")],
 )
 def test_a_runner_that_lacks_what_is_overridden_is_refused(mixin: Any, method: str) -> None:
-    names = {name for name, value in vars(mixin).items() if callable(value)} - {method}
-    runner = type("MovedRunner", (), {name: lambda self: None for name in names})()
+    names = {*vars(mixin), *vars(GemRunner)} - {method}
+    runner = type("MovedRunner", (), dict.fromkeys(names - {"__dict__", "__weakref__"}))()
     with pytest.raises(GemError, match=f"MovedRunner has no {method}"):
         mixin.enable(runner, GemConfig(SPECIAL, pooling="mean", base_model="b"))
 
