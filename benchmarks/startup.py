@@ -37,6 +37,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
+    if args.rounds < 1:
+        parser.error(f"--rounds is {args.rounds}; take 5 or more for figures to quote")
+    for folder in (args.base, args.model):
+        if not (folder / "config.json").is_file():
+            parser.error(f"{folder} is no model folder: it holds no config.json")
     folders = {"base": args.base, "GEM checkpoint": args.model}
     seconds: dict[str, list[float]] = {name: [] for name in folders}
     for turn in range(args.rounds + 1):
