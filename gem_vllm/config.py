@@ -120,6 +120,14 @@ class GemConfig:
         """The number of special tokens."""
         return len(self.special_token_ids)
 
+    def max_text_tokens(self, context: int) -> int:
+        """The longest text to be embedded, in tokens, in a context of so many.
+
+        One token less than there is room for: vLLM keeps it for the token that a generating
+        engine samples behind every prompt.
+        """
+        return context - len(self.appended_ids) - 1
+
     def embedding_size(self, hidden_size: int) -> int:
         """The length of an embedding: the hidden size, or k times it for ``concat``."""
         return hidden_size * self.k if self.pooling == "concat" else hidden_size

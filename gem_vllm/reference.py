@@ -174,11 +174,10 @@ class ReferenceEmbedder:
                 f"a text has a special token ({special_token(0)} ...); take it out, special "
                 "tokens are added by the embedder"
             )
-        appended = len(self.gem_config.appended_ids)
-        if len(ids) > self.max_length - appended:
+        if len(ids) > (limit := self.gem_config.max_text_tokens(self.max_length)):
             raise GemError(
-                f"a text has {len(ids)} tokens, and {self.max_length - appended} fit the "
-                f"context beside {appended} special tokens; shorten it"
+                f"a text has {len(ids)} tokens, and {limit} fit the context beside "
+                f"{len(self.gem_config.appended_ids)} special tokens; shorten it"
             )
         return [*ids, *self.gem_config.instruction_ids]
 

@@ -1,4 +1,4 @@
-"""What a GEM model runner knows of its requests beside vLLM; the same for both of vLLM's runners.
+"""What a GEM model runner knows of its requests beside vLLM, whichever of vLLM's runners it is.
 
 A batch row of an embedding request is an ordinary greedy row whose sampled token is thrown away, as
 that of an unfinished prefill is. So all of vLLM's bookkeeping of the batch stays valid. The hidden
@@ -8,11 +8,10 @@ straddle two chunks of the prompt.
 
 from __future__ import annotations
 
-import inspect
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,20 +19,12 @@ from vllm.pooling_params import PoolingParams
 from vllm.sampling_params import SamplingParams
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import NewRequestData
-from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
 
 from gem_vllm.config import GemConfig
-from gem_vllm.errors import GemError
 from gem_vllm.plugin import step as gem_step
-from gem_vllm.plugin.frames import with_room
 from gem_vllm.plugin.last_layer import ReadRows
 from gem_vllm.plugin.pooler import pool_special_tokens
 from gem_vllm.plugin.runs import Run, find_runs
-
-if TYPE_CHECKING:
-    _Runner = Any
-else:
-    _Runner = object
 
 _DISCARDED = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False)
 
@@ -191,14 +182,14 @@ class GemBatch:
             return None
         return async_tensor_h2d(step.position_shift, self.device)
 
-    def embed(self, hidden_states: torch.Tensor | None) -> list[Embeddings]:
+    def embed(self, hidden_states: torch.Tensor) -> list[Embeddings]:
         """The embeddings of those requests that the step ends.
 
         Args:
-            hidden_states: [tokens, hidden], after the final norm; None where another rank has them.
+            hidden_states: [tokens, hidden], after the final norm.
         """
         plan = self.plan
-        if plan is None or hidden_states is None:
+        if plan is None:
             return []
         states = self._collect(plan, hidden_states)
         alike = defaultdict(list)
@@ -257,55 +248,3 @@ def _rows_to_sample_from(
     request = np.repeat(np.arange(len(counts)), counts)
     rows = (np.cumsum(num_scheduled) - np.cumsum(counts))[request] + np.arange(len(request))
     return rows, request
-
-
-class GemRunner(_Runner):
-    """Mixin over vLLM's runners: what both of them do alike."""
-
-    gem_batch: GemBatch
-
-    @classmethod
-    def enable(cls, runner: Any, gem_config: GemConfig) -> None:
-        """Make `runner`, fresh from vLLM's worker, serve embedding requests too.
-
-        Raises:
-            GemError: it lacks what is overridden.
-        """
-        vllm_class = type(runner)
-        missing = [
-            name
-            for mixin in (cls, GemRunner)
-            for name, value in vars(mixin).items()
-            if inspect.isfunction(value) and not hasattr(vllm_class, name)
-        ]
-        if missing:
-            raise GemError(
-                f"vLLM has moved under gem-vllm's model runner: {vllm_class.__name__} has no "
-                f"{', '.join(missing)}. Install a vLLM version that this gem-vllm supports."
-            )
-        runner.__class__ = type(f"Gem{vllm_class.__name__}", (cls, vllm_class), {})
-        runner.gem_batch = GemBatch(gem_config, runner.device)
-
-    def get_supported_tasks(self) -> tuple[Any, ...]:
-        """vLLM's tasks for the model, and `embed`."""
-        return (*super().get_supported_tasks(), "embed")
-
-    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
-        """vLLM's, with longer windows.
-
-        A run's window counts neither its padding nor its tokens (`gem_vllm.mask`), so keys and
-        values are kept for longer by as many. What is attended to is set by the layers.
-        """
-        specs = super().get_kv_cache_spec()
-        for name, spec in specs.items():
-            if isinstance(spec, SlidingWindowSpec):
-                longer = spec.sliding_window + spec.block_size + self.gem_batch.gem_config.k
-                specs[name] = replace(spec, sliding_window=longer)
-        return specs
-
-    def execute_model(self, *args: Any, **kwargs: Any) -> Any:
-        """One forward pass; the step's special tokens are known only while it runs."""
-        try:
-            return with_room(super().execute_model, *args, **kwargs)
-        finally:
-            self.gem_batch.end_forward(self.model)

@@ -12,6 +12,7 @@ end, and the prompt is passed on as token ids: in text that is not ours a specia
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
@@ -47,13 +48,13 @@ class GemHfRenderer(HfRenderer):
     def render_messages(self, messages: Any, params: Any) -> Any:
         """As vLLM's; messages may have ``gem``."""
         messages, runs = self._with_runs(messages)
-        conversation, prompt = super().render_messages(messages, params)
+        conversation, prompt = super().render_messages(messages, _as_text(params))
         return conversation, _noted(prompt, runs)
 
     async def render_messages_async(self, messages: Any, params: Any) -> Any:
         """As vLLM's; messages may have ``gem``."""
         messages, runs = self._with_runs(messages)
-        conversation, prompt = await super().render_messages_async(messages, params)
+        conversation, prompt = await super().render_messages_async(messages, _as_text(params))
         return conversation, _noted(prompt, runs)
 
     def _with_runs(self, messages: Sequence[Any]) -> tuple[Sequence[Any], int]:
@@ -99,6 +100,15 @@ class GemHfRenderer(HfRenderer):
             )
         kept = {key: prompt[key] for key in prompt if key not in ("prompt", _RUNS)}
         return {**kept, "prompt_token_ids": ids}
+
+
+def _as_text(params: Any) -> Any:
+    """Rendering parameters that give text, in which a special token is found that a user spelled.
+
+    A request may ask its template for token ids, which would pass for a prompt of token ids.
+    """
+    kwargs = params.chat_template_kwargs or {}
+    return replace(params, chat_template_kwargs={**kwargs, "tokenize": False})
 
 
 def _noted(prompt: Any, runs: int) -> Any:

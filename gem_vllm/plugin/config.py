@@ -101,10 +101,16 @@ def _refuse_unsupported(vllm_config: VllmConfig, gem_config: GemConfig) -> None:
         raise ValueError(
             "A GEM checkpoint takes text and token ids only. Leave --enable-prompt-embeds unset."
         )
-    if model_config.max_model_len <= len(gem_config.appended_ids) + 1:
+    if gem_config.max_text_tokens(model_config.max_model_len) < 1:
         raise ValueError(
             f"--max-model-len {model_config.max_model_len} leaves no room for text before the "
             f"{len(gem_config.appended_ids)} GEM special tokens."
+        )
+    if vllm_config.kv_transfer_config is not None or vllm_config.cache_config.kv_offloading_size:
+        raise ValueError(
+            "Keys and values of a GEM checkpoint stay in its engine: a KV connector finds them by "
+            "token ids, by which special tokens are found whose hidden states were never computed. "
+            "Leave --kv-transfer-config and --kv-offloading-size unset."
         )
     if not (current_platform.is_cpu() or current_platform.is_cuda_alike()):
         raise ValueError("GEM checkpoints are served on vLLM's CPU and CUDA platforms only.")

@@ -9,7 +9,7 @@ in every prefill, of both kinds of request.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,6 +21,11 @@ from vllm.utils.torch_utils import async_tensor_h2d, direct_register_custom_op
 from gem_vllm.plugin import step as gem_step
 
 NAME = "gem_last_mlp"
+
+if TYPE_CHECKING:
+    _MLP = nn.Module
+else:
+    _MLP = object
 
 
 @dataclass(frozen=True)
@@ -55,8 +60,8 @@ class ReadRows:
         )
 
 
-class LastLayerMLP(nn.Module):
-    """In the place of the last decoder layer's `mlp`.
+class LastLayerMLP(_MLP):
+    """Mixin over the class of the last decoder layer's `mlp`; `enable` puts it there.
 
     Attributes:
         read_rows: rows whose result is read; None for every row. The runner sets it for each step.
@@ -64,12 +69,13 @@ class LastLayerMLP(nn.Module):
 
     read_rows: ReadRows | None = None
 
-    def __init__(self, mlp: nn.Module) -> None:
-        super().__init__()
-        self.mlp = mlp
+    @classmethod
+    def enable(cls, mlp: nn.Module) -> None:
+        """Let a module, which stays where it is, compute the rows that are read."""
+        mlp.__class__ = type(f"Last{type(mlp).__name__}", (cls, type(mlp)), {})
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`mlp` of x [tokens, hidden]; zero in rows that nobody reads."""
+        """The module's own of x [tokens, hidden]; zero in rows that nobody reads."""
         if torch.compiler.is_compiling():
             # Left out of the graph: the rows that are read change their number in every step.
             return torch.ops.vllm.gem_last_mlp(x, NAME)
@@ -79,12 +85,12 @@ class LastLayerMLP(nn.Module):
         """`forward`, run and not traced."""
         read = self.read_rows
         if read is None:
-            return self.mlp(x)
+            return super().forward(x)
         step = gem_step.current()
         if step is not None:
             gem_step.publish(replace(step, rows=read.special))
         try:
-            computed = self.mlp(x[read.rows])
+            computed = super().forward(x[read.rows])
         finally:
             gem_step.publish(step)
         return torch.zeros_like(x).index_copy_(0, read.rows, computed)
@@ -102,8 +108,8 @@ direct_register_custom_op(op_name="gem_last_mlp", op_func=_last_mlp, fake_impl=_
 
 
 def wrap_last_mlp(model: Any, vllm_config: VllmConfig) -> LastLayerMLP:
-    """Put a `LastLayerMLP` into a vLLM decoder; for a model with its weights loaded."""
-    layer = model.model.layers[-1]
-    layer.mlp = LastLayerMLP(layer.mlp)
-    vllm_config.compilation_config.static_forward_context[NAME] = layer.mlp
-    return layer.mlp
+    """Make the last MLP of a vLLM decoder, with its weights loaded, a `LastLayerMLP`."""
+    mlp = model.model.layers[-1].mlp
+    LastLayerMLP.enable(mlp)
+    vllm_config.compilation_config.static_forward_context[NAME] = mlp
+    return mlp

@@ -139,6 +139,7 @@ def attach_adapter(model: nn.Module, vllm_config: VllmConfig, folder: Path) -> N
     packed_modules: Mapping[str, list[str]] = model.packed_modules_mapping
     # Other ranks' layers, where a pipeline has several: there each layer is but a placeholder.
     pairs = {name: pair for name, pair in pairs.items() if not is_pp_missing_parameter(name, model)}
+    device, dtype = vllm_config.device_config.device, vllm_config.model_config.dtype
     names = []
     for name, layer in model.named_modules():
         if not isinstance(layer, LinearBase):
@@ -146,7 +147,6 @@ def attach_adapter(model: nn.Module, vllm_config: VllmConfig, folder: Path) -> N
         parent, _, leaf = name.rpartition(".")
         shards = [pairs.pop(f"{parent}.{part}", None) for part in packed_modules.get(leaf, [leaf])]
         if any(pair is not None for pair in shards):
-            device, dtype = layer.weight.device, vllm_config.model_config.dtype
             lora_a, lora_b = (
                 weight.to(device, dtype).contiguous() for weight in _pack(layer, shards, scale)
             )

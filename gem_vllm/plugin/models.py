@@ -50,9 +50,7 @@ class GemCausalLM(_Base):
     def process_weights_after_loading(self) -> None:
         """vLLM's hook after loading: attach the adapter, where there is one; wrap the last MLP."""
         if self.gem_config.train_mode == "adapter":
-            model = self._vllm_config.model_config
-            folder = _adapter_folder(model.model, model.revision)
-            attach_adapter(self, self._vllm_config, folder)
+            attach_adapter(self, self._vllm_config, _adapter_folder(self._vllm_config))
         special_ids = torch.tensor(
             self.gem_config.special_token_ids, device=self._vllm_config.device_config.device
         )
@@ -90,13 +88,19 @@ class GemCausalLM(_Base):
         return logits
 
 
-def _adapter_folder(model: str, revision: str | None) -> Path:
-    """The checkpoint's adapter folder, fetched where `model` names a Hugging Face repository."""
-    if Path(model).is_dir():
-        return Path(model) / ADAPTER_FOLDER
+def _adapter_folder(vllm_config: VllmConfig) -> Path:
+    """The checkpoint's adapter folder, fetched where the model is a Hugging Face repository."""
+    model = vllm_config.model_config
+    if Path(model.model).is_dir():
+        return Path(model.model) / ADAPTER_FOLDER
     from huggingface_hub import snapshot_download
 
-    root = snapshot_download(model, revision=revision, allow_patterns=[f"{ADAPTER_FOLDER}/*"])
+    root = snapshot_download(
+        model.model,
+        revision=model.revision,
+        cache_dir=vllm_config.load_config.download_dir,
+        allow_patterns=[f"{ADAPTER_FOLDER}/*"],
+    )
     return Path(root) / ADAPTER_FOLDER
 
 

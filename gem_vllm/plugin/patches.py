@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from gem_vllm.config import SUPPORTED_ARCHITECTURES, GemConfig
@@ -110,7 +110,7 @@ def _patch_offline_pooling() -> None:
 def _patch_embedding_inputs() -> None:
     from vllm.entrypoints.pooling.base.io_processor import PoolingIOProcessor
 
-    from gem_vllm.plugin.validation import refuse_empty_text
+    from gem_vllm.plugin.validation import bounded, refuse_empty_text
 
     original = PoolingIOProcessor.render
     _expect_parameters(original, "embedding-inputs", "render_params")
@@ -120,11 +120,9 @@ def _patch_embedding_inputs() -> None:
         gem_config = gem_config_of(self.model_config)
         if gem_config is not None:
             refuse_empty_text(render_params.get("prompts"))
-            tok_params = render_params["tok_params"]
-            limit = self.model_config.max_model_len - len(gem_config.appended_ids)
-            if tok_params.max_total_tokens is None or tok_params.max_total_tokens > limit:
-                tok_params = replace(tok_params, max_total_tokens=limit)
-                render_params = {**render_params, "tok_params": tok_params}
+            limit = gem_config.max_text_tokens(self.model_config.max_model_len)
+            tok_params = bounded(render_params["tok_params"], limit)
+            render_params = {**render_params, "tok_params": tok_params}
         return original(self, render_params)
 
     PoolingIOProcessor.render = render
@@ -160,6 +158,7 @@ def _patch_compressed_completions() -> None:
 
     from gem_vllm.plugin.compress import compress_prompt
     from gem_vllm.plugin.request_options import asked_for
+    from gem_vllm.plugin.validation import refuse_echo
 
     original = OnlineRenderer.preprocess_completion
     _expect_parameters(original, "compressed-completions", "request", "prompt_input")
@@ -168,10 +167,14 @@ def _patch_compressed_completions() -> None:
     async def preprocess_completion(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         asked = asked_for(request.model_extra or {}, self.model_config, "compress", "embed")
         engine_inputs = await original(self, request, *args, **kwargs)
-        if "compress" in asked:
-            gem_config = GemConfig.from_hf_config(self.model_config.hf_config)
-            for engine_input in engine_inputs:
+        gem_config = gem_config_of(self.model_config)
+        if gem_config is None:
+            return engine_inputs
+        for engine_input in engine_inputs:
+            if "compress" in asked:
                 compress_prompt(engine_input, gem_config)
+            if request.echo:
+                refuse_echo(engine_input, gem_config)
         return engine_inputs
 
     OnlineRenderer.preprocess_completion = preprocess_completion
@@ -200,6 +203,7 @@ def _patch_embedding_with_answer() -> None:
                 self,
                 rendered[1] if isinstance(rendered, tuple) else rendered,
                 request,
+                raw_request,
                 lambda: original(self, request, raw_request),
             )
 
@@ -275,10 +279,11 @@ LEDGER = (
         name="embedding-inputs",
         target="vllm.entrypoints.pooling.base.io_processor.PoolingIOProcessor.render",
         why="Length checks and truncation of embedding inputs must leave room for the k special "
-        "tokens; max_embed_len covers /v1/embeddings only. And an empty text must be refused, of "
-        "which a tokenizer that adds BOS makes a prompt.",
-        needless_when="PoolerConfig.max_embed_len applies to every pooling input, and empty texts "
-        "are refused before they are tokenized.",
+        "tokens; max_embed_len covers /v1/embeddings only. Long texts must be cut at their ends, "
+        "which is vLLM's way for engines that only pool; one that generates cuts at the beginning. "
+        "And an empty text must be refused, of which a tokenizer that adds BOS makes a prompt.",
+        needless_when="PoolerConfig.max_embed_len applies to every pooling input, the task says at "
+        "which side a text is cut, and empty texts are refused before they are tokenized.",
         apply=_patch_embedding_inputs,
     ),
     Patch(
@@ -317,19 +322,18 @@ LEDGER = (
     ),
 )
 
-_applied = False
+_applied: set[str] = set()
 
 
 def apply_all() -> None:
-    """Apply every patch of the ledger, once in a process.
+    """Apply every patch of the ledger, each once in a process.
 
     Raises:
         GemError: vLLM no longer has what a patch changes.
     """
-    global _applied
-    if _applied:
-        return
     for patch in LEDGER:
+        if patch.name in _applied:
+            continue
         try:
             patch.apply()
         except (ImportError, AttributeError) as error:
@@ -337,4 +341,4 @@ def apply_all() -> None:
                 f"vLLM has moved under gem-vllm's patch '{patch.name}' ({patch.target}): {error}. "
                 "Install a vLLM version that this gem-vllm supports."
             ) from error
-    _applied = True
+        _applied.add(patch.name)

@@ -18,13 +18,14 @@ from vllm.exceptions import VLLMValidationError
 
 from gem_vllm.config import GemConfig
 from gem_vllm.plugin.request_options import OPTION
+from gem_vllm.plugin.validation import refuse_empty_text
 
 Answer = Callable[[], Awaitable[Any]]
 DONE = "data: [DONE]"
 
 
 async def answer_with_embeddings(
-    serving: Any, engine_inputs: list[Any], request: Any, answer: Answer
+    serving: Any, engine_inputs: list[Any], request: Any, raw_request: Any, answer: Answer
 ) -> Any:
     """What ``answer`` gives, with ``gem.embeddings``: float [prompts][d], of norm 1.
 
@@ -34,23 +35,29 @@ async def answer_with_embeddings(
         serving: vLLM's `OpenAIServingChat` or `OpenAIServingCompletion`.
         engine_inputs: the request's prompts, rendered.
         request: the request.
+        raw_request: with its headers; None where there are none.
         answer: vLLM's own way to answer it.
 
     Raises:
         VLLMValidationError: a prompt that cannot be embedded.
     """
     gem_config = GemConfig.from_hf_config(serving.model_config.hf_config)
-    limit = serving.model_config.max_model_len - len(gem_config.appended_ids)
+    limit = gem_config.max_text_tokens(serving.model_config.max_model_len)
+    prompts = getattr(request, "prompt", None)  # of a completion
+    for prompt in prompts if isinstance(prompts, list) else [prompts]:
+        refuse_empty_text(prompt)
     for engine_input in engine_inputs:
-        if len(engine_input["prompt_token_ids"]) > limit:
+        prompt_ids = engine_input["prompt_token_ids"]
+        if not 0 < len(prompt_ids) <= limit:
             raise VLLMValidationError(
-                f"The prompt has {len(engine_input['prompt_token_ids'])} tokens; to be embedded, "
-                f"too, it may have {limit}."
+                f"The prompt has {len(prompt_ids)} tokens; to be embedded, too, it may have 1 to "
+                f"{limit}."
             )
-        if engine_input["prompt_token_ids"][-1] in gem_config.special_token_ids:
+        if prompt_ids[-1] in gem_config.special_token_ids:
             raise VLLMValidationError('"embed" does not go with a prompt that is compressed.')
+    priority = serving._get_priority(request, raw_request)
     embedding = asyncio.gather(
-        *(_embed(serving, each, request, i) for i, each in enumerate(engine_inputs))
+        *(_embed(serving, each, request, priority, i) for i, each in enumerate(engine_inputs))
     )
     try:
         answered = await answer()
@@ -66,14 +73,16 @@ async def answer_with_embeddings(
         raise
 
 
-async def _embed(serving: Any, engine_input: Any, request: Any, index: int) -> list[float]:
+async def _embed(
+    serving: Any, engine_input: Any, request: Any, priority: int, index: int
+) -> list[float]:
     """The embedding of one prompt."""
     outputs = serving.engine_client.encode(
         engine_input,
         PoolingParams(task="embed"),
         f"gem-{request.request_id}-{index}",
         lora_request=serving._maybe_get_adapters(request),
-        priority=request.priority,
+        priority=priority,
     )
     async for output in outputs:
         if output.finished:

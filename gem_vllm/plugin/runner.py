@@ -14,7 +14,8 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from gem_vllm.plugin import step as gem_step
-from gem_vllm.plugin.batch import Embeddings, GemRunner
+from gem_vllm.plugin.batch import Embeddings
+from gem_vllm.plugin.runner_mixin import GemRunner
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner as _Runner

@@ -22,7 +22,8 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from gem_vllm.plugin import step as gem_step
-from gem_vllm.plugin.batch import Embeddings, GemRunner
+from gem_vllm.plugin.batch import Embeddings
+from gem_vllm.plugin.runner_mixin import GemRunner
 
 
 class GemModelRunnerV2(GemRunner, GPUModelRunner):

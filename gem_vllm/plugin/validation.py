@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
+from vllm.renderers import TokenizeParams
 
 from gem_vllm.config import GemConfig, special_token
 from gem_vllm.errors import GemError
 from gem_vllm.plugin.runs import check_runs, pad_runs
+
+
+def bounded(tok_params: TokenizeParams, limit: int) -> TokenizeParams:
+    """How texts to be embedded are cut: at their ends, as by a model that only pools.
+
+    Args:
+        tok_params: of a request.
+        limit: the most tokens that a text may have.
+    """
+    most, cut = tok_params.max_total_tokens, tok_params.truncate_prompt_tokens
+    return replace(
+        tok_params,
+        max_total_tokens=limit if most is None else min(most, limit),
+        truncate_prompt_tokens=cut if cut is None else min(cut, limit),
+        truncation_side=tok_params.truncation_side or "right",
+    )
 
 
 def refuse_empty_text(prompt: Any) -> None:
@@ -17,6 +35,14 @@ def refuse_empty_text(prompt: Any) -> None:
     text = prompt.get("prompt") if isinstance(prompt, dict) else prompt
     if text == "":
         raise VLLMValidationError("The input is empty. Send at least one character to embed.")
+
+
+def refuse_echo(engine_input: Any, gem_config: GemConfig) -> None:
+    """Refuse to give back a prompt's text where special tokens, which have none, are in it."""
+    if not set(gem_config.special_token_ids).isdisjoint(engine_input.get("prompt_token_ids") or ()):
+        raise VLLMValidationError(
+            '"echo" is not for a prompt with GEM special tokens. Leave it out.'
+        )
 
 
 def is_from_text(prompt: Any) -> bool:
@@ -51,13 +77,12 @@ def check_request(
     if not special.isdisjoint(prompt):
         _check_runs(request, gem_config, from_text)
         length = len(pad_runs(prompt, gem_config.special_token_ids, block_size))
-    appended = len(gem_config.appended_ids)
-    if request.pooling_params is not None and length + appended > max_model_len:
+    limit = gem_config.max_text_tokens(max_model_len)
+    if request.pooling_params is not None and length > limit:
         raise VLLMValidationError(
-            f"The prompt has {length} tokens; an embedding request may have "
-            f"{max_model_len - appended}, the context of {max_model_len} less "
-            f"{appended} for the GEM special tokens. Shorten the input or set "
-            "truncate_prompt_tokens."
+            f"The prompt has {length} tokens; an embedding request may have {limit}, the context "
+            f"of {max_model_len} less {len(gem_config.appended_ids)} for the GEM special tokens "
+            "and one that is kept free. Shorten the input or set truncate_prompt_tokens."
         )
     params = request.sampling_params
     if params is not None and length > len(prompt) and length >= max_model_len:
@@ -92,9 +117,16 @@ def _check_runs(request: Any, gem_config: GemConfig, from_text: bool) -> None:
         check_runs(prompt, special_ids)
     except GemError as error:
         raise VLLMValidationError(f"{error}.") from error
-    if request.sampling_params is not None and request.sampling_params.prompt_logprobs is not None:
+    params = request.sampling_params
+    if params is not None:
+        for option in ("prompt_logprobs", "prompt_logprob_token_ids"):
+            if getattr(params, option, None) is not None:
+                raise VLLMValidationError(
+                    f"{option} is not for a prompt with special tokens. Leave it unset."
+                )
+    if request.resumable:
         raise VLLMValidationError(
-            "prompt_logprobs are not given for a prompt with special tokens. Leave them unset."
+            "A prompt that is sent in parts cannot have special tokens. Send it as a whole."
         )
     if request.pooling_params is not None and prompt[-1] in special_ids:
         raise VLLMValidationError(

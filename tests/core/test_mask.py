@@ -44,7 +44,7 @@ def batches(draw):
     return special, draw(st.lists(sequence.filter(bool), min_size=1, max_size=4))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(batches(), st.one_of(st.none(), st.integers(1, 12)))
 def test_mask_is_the_definition(batch, window):
     special, sequences = batch
@@ -53,7 +53,6 @@ def test_mask_is_the_definition(batch, window):
         assert mask.tolist() == brute_force(ids, special, window)
 
 
-@settings(max_examples=100, deadline=None)
 @given(batches(), st.sampled_from(["left", "right"]), st.sampled_from([0, 1]))
 def test_padding_changes_nothing(batch, side, pad_id):
     """Whatever the side, and even where the padding's id is a special token's."""
@@ -71,7 +70,6 @@ def test_padding_changes_nothing(batch, side, pad_id):
         assert torch.equal(mask[~kept], torch.eye(longest, dtype=torch.bool)[~kept])
 
 
-@settings(max_examples=100, deadline=None)
 @given(batches(), st.one_of(st.none(), st.integers(1, 12)))
 def test_intervals_and_mask_mod_are_the_mask(batch, window):
     special, sequences = batch

@@ -256,9 +256,18 @@ def test_bfloat16(family, reference, tiny_checkpoint):
     assert similarity.min() > 0.999
 
 
-def test_full_mode(reference):
-    embedder = reference("llama", train_mode="full")
-    assert embedder.embed(["Bread", "Bread and salt"]).norm(dim=1).tolist() == pytest.approx([1, 1])
+def test_full_mode(reference, tiny_checkpoint):
+    """No LoRA and no engine of ours: plain transformers under the mask."""
+    model = plain_model(tiny_checkpoint(k=K, train_mode="full"))
+    ids = torch.tensor([PROMPT + SPECIAL])
+    mask = torch.where(gem_mask(ids, SPECIAL)[:, None], 0.0, torch.finfo().min)
+    with torch.inference_mode():
+        hidden = model.base_model(ids, attention_mask=mask).last_hidden_state[0]
+    expected = torch.nn.functional.normalize(hidden[-K:].mean(0), dim=0)
+    (embedding,) = reference("llama", train_mode="full").embed([PROMPT])
+    torch.testing.assert_close(embedding, expected, atol=1e-5, rtol=1e-4)
+    (with_lora,) = reference("llama").embed([PROMPT])
+    assert not torch.allclose(with_lora, expected, atol=1e-2)
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
 import torch
 from vllm import LLM, PoolingParams, SamplingParams
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 
 from gem_vllm.reference import ReferenceEmbedder
@@ -27,6 +28,7 @@ class Request:
     params: SamplingParams | PoolingParams
     priority: int = 0
     abort_after: int | None = None
+    lora: LoRARequest | None = None
 
 
 @dataclass
@@ -38,7 +40,8 @@ class RandomLoad:
         limit: the engine's longest sequence.
         seed: of everything.
         abort_share: of requests that are given up, some steps after they were sent.
-        longest: of prompts, in tokens.
+        longest, longest_answer: of prompts and of answers, in tokens.
+        lora: that every other prompt without runs is answered with.
     """
 
     reference: ReferenceEmbedder
@@ -46,6 +49,8 @@ class RandomLoad:
     seed: int
     abort_share: float = 0.0
     longest: int = 200
+    longest_answer: int = 30
+    lora: LoRARequest | None = None
     random: Random = field(init=False)
 
     def __post_init__(self) -> None:
@@ -58,21 +63,24 @@ class RandomLoad:
         for _ in range(runs):
             prompt = [*prompt, *self.reference.gem_config.special_token_ids, *self._text()]
         # Padding before runs is the engine's own.
-        if len(prompt) + 128 * runs + 40 > self.limit:
+        if len(prompt) + 128 * runs + self.longest_answer + 10 > self.limit:
             prompt = first[: self.random.randint(1, 20)]
         params: SamplingParams | PoolingParams = EMBED.clone()
         if self.random.random() < 0.5:
-            params = SamplingParams(
-                temperature=0.0, max_tokens=self.random.randint(1, 30), ignore_eos=True
-            )
+            new = self.random.randint(1, self.longest_answer)
+            params = SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True)
         params.output_kind = RequestOutputKind.FINAL_ONLY
         abort = self.random.random() < self.abort_share
-        return Request(
+        request = Request(
             prompt,
             params,
             priority=self.random.randint(0, 3),
             abort_after=self.random.randint(0, 20) if abort else None,
         )
+        answered = isinstance(params, SamplingParams) and prompt is first
+        if self.lora is not None and answered and self.random.random() < 0.5:
+            request.lora = self.lora
+        return request
 
     def _text(self) -> list[int]:
         # Half of them start alike, so that the prefix cache has something to do.
@@ -99,7 +107,9 @@ def run_load(
             name, request = f"load-{load.seed}-{started}", load.request()
             priority = request.priority if priorities else 0
             prompt: Any = {"prompt_token_ids": request.prompt}
-            engine.add_request(name, prompt, request.params, priority=priority)
+            engine.add_request(
+                name, prompt, request.params, priority=priority, lora_request=request.lora
+            )
             sent[name] = request
             if request.abort_after is not None:
                 abort_at[name] = step + request.abort_after
@@ -115,8 +125,18 @@ def run_load(
     return done
 
 
-def check(reference: ReferenceEmbedder, done: Sequence[tuple[Request, Any]]) -> None:
-    """Every output against the reference: embeddings by cosine, greedy tokens by their logits."""
+def check(
+    reference: ReferenceEmbedder,
+    done: Sequence[tuple[Request, Any]],
+    with_lora: Callable[[list[int]], torch.Tensor] | None = None,
+) -> None:
+    """Every output against the reference: embeddings by cosine, greedy tokens by their logits.
+
+    Args:
+        reference: for the checkpoint that was served.
+        done: of `run_load`.
+        with_lora: the base's logits with the load's LoRA, [n, vocab] of n token ids.
+    """
     special_ids = list(reference.gem_config.special_token_ids)
     k = len(special_ids)
     for request, output in done:
@@ -128,6 +148,8 @@ def check(reference: ReferenceEmbedder, done: Sequence[tuple[Request, Any]]) -> 
             continue
         tokens = list(output.outputs[0].token_ids)
         assert len(tokens) == request.params.max_tokens, request
-        logits = reference.logits(request.prompt + tokens)[len(request.prompt) - 1 : -1]
+        of = reference.logits if request.lora is None else with_lora
+        assert of is not None
+        logits = of(request.prompt + tokens)[len(request.prompt) - 1 : -1]
         chosen = logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
         assert (logits.max(dim=1).values - chosen).max() <= LOGIT_GAP, (request, tokens)

@@ -31,7 +31,7 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
 
 def lengths(k: int) -> list[int]:
     """1 to the limit, around KV blocks of 32 and 128 tokens, so that runs cross their borders."""
-    return [1, 2, 17, 32, 127 - k, 128 - k, 130 - k, 127, 128, 129, LIMIT - k - 1, LIMIT - k]
+    return [1, 2, 17, 32, 127 - k, 128 - k, 130 - k, 127, 128, 129, LIMIT - k - 2, LIMIT - k - 1]
 
 
 @pytest.mark.parametrize("k", [1, 4, 10])
@@ -103,11 +103,30 @@ def test_the_adapter_is_among_the_models_buffers(tiny_checkpoint: Callable[..., 
             assert {id(weight) for weight in lora.weights} <= kept
 
 
+def test_weights_are_loaded_again(tiny_checkpoint: Callable[..., Path]) -> None:
+    """As after vLLM's sleep at level 2; the adapter's stay."""
+    folder = tiny_checkpoint("llama", k=4)
+    prompts = random_prompts([7, 90])
+    with running_engine(folder, max_model_len=LIMIT) as llm:
+        llm.collective_rpc("reload_weights")
+        found = embed(llm, prompts)
+    assert cosines(found, ReferenceEmbedder(folder).embed(prompts)).min() >= 0.9999
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_the_longest_text_in_chunks(k: int, tiny_checkpoint: Callable[..., Path]) -> None:
+    folder = tiny_checkpoint("llama", k=k)
+    prompts = random_prompts([LIMIT - k - 1, LIMIT - k - 2, LIMIT - k - 1])
+    with running_engine(folder, max_model_len=LIMIT, max_num_batched_tokens=64) as llm:
+        found = embed(llm, prompts)
+    assert cosines(found, ReferenceEmbedder(folder).embed(prompts)).min() >= 0.9999
+
+
 def test_an_instruction_goes_behind_every_text(tiny_checkpoint: Callable[..., Path]) -> None:
     """Also where it straddles a KV block, and up to the limit, of which it takes its part."""
     instruction = tuple(range(70, 77))
     folder = tiny_checkpoint("llama", k=4, instruction_ids=instruction)
-    longest = LIMIT - 4 - len(instruction)
+    longest = LIMIT - 4 - len(instruction) - 1
     prompts = random_prompts([1, 30, 118, 122, 126, longest])
     with running_engine(folder, max_model_len=LIMIT) as llm:
         # Twice: the second time from the prefix cache, which ends with the text.

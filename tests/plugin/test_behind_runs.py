@@ -4,19 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from vllm import SamplingParams
 
 from gem_vllm.config import GemConfig
 from gem_vllm.reference import ReferenceEmbedder
 from tests.plugin.conftest import (
-    EMBED,
-    cosines,
-    embed,
-    embeddings_of,
     free_blocks,
     named,
     noted_preemptions,
@@ -25,20 +18,12 @@ from tests.plugin.conftest import (
     running_engine,
     scheduler_of,
 )
+from tests.plugin.mixed_load import MixedLoad, greedy, tokens_of, with_runs
 from tests.tiny import FAMILIES
 
 LIMIT = 512
 NEW = 12
-GREEDY = SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=True)
-
-
-def with_runs(special_ids: tuple[int, ...], *texts: int, seed: int = 0) -> list[int]:
-    """A prompt of random texts of these lengths, with a run between each two."""
-    parts = random_prompts(texts, seed=seed)
-    prompt = parts[0]
-    for part in parts[1:]:
-        prompt = [*prompt, *special_ids, *part]
-    return prompt
+GREEDY = greedy(NEW)
 
 
 def prompts_with_runs(special_ids: tuple[int, ...]) -> list[list[int]]:
@@ -50,28 +35,19 @@ def prompts_with_runs(special_ids: tuple[int, ...]) -> list[list[int]]:
     ]
 
 
-def tokens_of(outputs: dict[str, Any], count: int) -> list[list[int]]:
-    return [list(outputs[f"chat-{i}"].outputs[0].token_ids) for i in range(count)]
-
-
 @pytest.mark.parametrize("k", [1, 4])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generation_behind_runs(family: str, k: int, tiny_checkpoint: Callable[..., Path]) -> None:
     folder = tiny_checkpoint(family, k=k)
-    reference = ReferenceEmbedder(folder)
-    prompts = prompts_with_runs(reference.gem_config.special_token_ids)
-    expected = [reference.generate(prompt, NEW) for prompt in prompts]
-    texts = random_prompts([1, 40, 128])
+    prompts = prompts_with_runs(GemConfig.from_pretrained(folder).special_token_ids)
+    load = MixedLoad.of(folder, prompts, random_prompts([1, 40, 128]), NEW)
     with running_engine(folder, max_model_len=LIMIT) as llm:
         before = free_blocks(llm)
         first = run_together(llm, named("chat", prompts, GREEDY))
         # Again, with the prefix cache, and with texts to embed in the same steps.
-        requests = named("chat", prompts, GREEDY) | named("text", texts, EMBED)
-        outputs = run_together(llm, requests)
+        outputs = load.check(llm)
         assert free_blocks(llm) == before
-    assert tokens_of(first, len(prompts)) == expected
-    assert tokens_of(outputs, len(prompts)) == expected
-    assert cosines(embeddings_of(outputs, 3), reference.embed(texts)).min() >= 0.9999
+    assert tokens_of(first, len(prompts)) == load.tokens
     for i, prompt in enumerate(prompts):
         assert outputs[f"chat-{i}"].prompt_token_ids == prompt  # padding is not the user's
 
@@ -82,19 +58,14 @@ def test_runs_across_chunks_at_every_offset(
 ) -> None:
     """With a budget of 16 tokens a step; in Gemma's sliding layers blocks are given back early."""
     folder = tiny_checkpoint(family, k=10)
-    reference = ReferenceEmbedder(folder)
-    special_ids = reference.gem_config.special_token_ids
+    special_ids = GemConfig.from_pretrained(folder).special_token_ids
     prompts = [with_runs(special_ids, length, 20 - length % 16, seed=length)
                for length in range(30, 66)]  # fmt: skip
-    expected = [reference.generate(prompt, NEW) for prompt in prompts]
-    texts = random_prompts(range(30, 66))
+    load = MixedLoad.of(folder, prompts, random_prompts(range(30, 66)), NEW)
     with running_engine(
         folder, max_model_len=LIMIT, max_num_batched_tokens=16, max_num_seqs=8
     ) as llm:
-        requests = named("chat", prompts, GREEDY) | named("text", texts, EMBED)
-        outputs = run_together(llm, requests)
-    assert tokens_of(outputs, len(prompts)) == expected
-    assert cosines(embeddings_of(outputs, len(texts)), reference.embed(texts)).min() >= 0.9999
+        load.check(llm)
 
 
 def test_prefix_cache_hits_at_every_offset(tiny_checkpoint: Callable[..., Path]) -> None:
@@ -128,13 +99,12 @@ def test_decoding_from_special_tokens_alone(k: int, tiny_checkpoint: Callable[..
 
 def test_texts_with_runs_in_them_are_embedded(tiny_checkpoint: Callable[..., Path]) -> None:
     folder = tiny_checkpoint("llama", k=4)
-    reference = ReferenceEmbedder(folder)
-    special_ids = list(reference.gem_config.special_token_ids)
-    prompts = [with_runs(tuple(special_ids), *shape) for shape in [(5, 3), (70, 40), (33, 31, 7)]]
-    states = [reference.hidden_states(prompt + special_ids)[-4:].mean(0) for prompt in prompts]
+    special_ids = GemConfig.from_pretrained(folder).special_token_ids
+    prompts = [with_runs(special_ids, *shape) for shape in [(5, 3), (70, 40), (33, 31, 7)]]
+    load = MixedLoad.of(folder, [], prompts, NEW)
     with running_engine(folder, max_model_len=LIMIT) as llm:
         for _ in range(2):
-            assert cosines(embed(llm, prompts), torch.stack(states)).min() >= 0.9999
+            load.check(llm)
 
 
 def test_preempted_requests_come_out_right(tiny_checkpoint: Callable[..., Path]) -> None:
@@ -144,7 +114,7 @@ def test_preempted_requests_come_out_right(tiny_checkpoint: Callable[..., Path])
     special_ids = reference.gem_config.special_token_ids
     prompts = [with_runs(special_ids, 100 + 30 * n, 50, seed=n) for n in range(5)]
     expected = [reference.generate(prompt, 100) for prompt in prompts]
-    long = SamplingParams(temperature=0.0, max_tokens=100, ignore_eos=True)
+    long = greedy(100)
     with running_engine(folder, max_model_len=LIMIT, num_gpu_blocks_override=24) as llm:
         before, scheduler = free_blocks(llm), scheduler_of(llm)
         preempted = noted_preemptions(llm)
@@ -156,15 +126,14 @@ def test_preempted_requests_come_out_right(tiny_checkpoint: Callable[..., Path])
         assert found[: len(tokens)] == tokens
 
 
-def test_compiled_and_without_async_scheduling(tiny_checkpoint: Callable[..., Path]) -> None:
+def test_compiled(tiny_checkpoint: Callable[..., Path]) -> None:
     folder = tiny_checkpoint("llama", k=4)
     reference = ReferenceEmbedder(folder)
     prompts = prompts_with_runs(reference.gem_config.special_token_ids)
     expected = [reference.generate(prompt, NEW) for prompt in prompts]
-    for options in ({"enforce_eager": False}, {"async_scheduling": False}):
-        with running_engine(folder, max_model_len=LIMIT, **options) as llm:
-            outputs = run_together(llm, named("chat", prompts, GREEDY))
-        assert tokens_of(outputs, len(prompts)) == expected
+    with running_engine(folder, max_model_len=LIMIT, enforce_eager=False) as llm:
+        outputs = run_together(llm, named("chat", prompts, GREEDY))
+    assert tokens_of(outputs, len(prompts)) == expected
 
 
 def test_memory_follows_the_mask(tiny_checkpoint: Callable[..., Path]) -> None:
@@ -177,7 +146,7 @@ def test_memory_follows_the_mask(tiny_checkpoint: Callable[..., Path]) -> None:
     folder = tiny_checkpoint("llama", k=8, max_position_embeddings=4352)
     special_ids = GemConfig.from_pretrained(folder).special_token_ids
     prompts = [with_runs(special_ids, prefix, 20, seed=n) for n in range(together)]
-    long = SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True)
+    long = greedy(200)
     with running_engine(
         folder,
         max_model_len=4352,

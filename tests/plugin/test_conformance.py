@@ -7,6 +7,7 @@ given up; afterwards the engine holds nothing of any of them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from packaging.version import Version
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
@@ -29,25 +30,25 @@ from tests.plugin.conftest import (
     embeddings_of,
     free_blocks,
     named,
+    noted_preemptions,
     random_prompts,
     run_together,
     running_engine,
     scheduler_of,
 )
-from tests.plugin.random_load import RandomLoad, check, run_load
+from tests.plugin.random_load import RandomLoad, Request, check, run_load
 from tests.tiny import FAMILIES
 
 LIMIT = 512
 OPTIONS: dict[str, dict[str, Any]] = {
     "chunks of 16 tokens": {"max_num_batched_tokens": 16, "max_num_seqs": 8},
     "no prefix cache": {"enable_prefix_caching": False},
-    "few KV blocks": {"num_gpu_blocks_override": 30},
+    "few KV blocks": {"num_gpu_blocks_override": 24},
     "few KV blocks, no prefix cache": {
-        "num_gpu_blocks_override": 30,
+        "num_gpu_blocks_override": 24,
         "enable_prefix_caching": False,
     },
-    "synchronous scheduling": {"async_scheduling": False},
-    "by priority": {"scheduling_policy": "priority", "num_gpu_blocks_override": 40},
+    "by priority": {"scheduling_policy": "priority", "num_gpu_blocks_override": 24},
     "one at a time": {"max_num_seqs": 1},
     "few tokens beside chat": {"additional_config": {"gem_tokens_beside_chat": 24}},
     "LoRAs": {"enable_lora": True},
@@ -69,24 +70,86 @@ def held(llm: LLM) -> dict[str, Any]:
     }
 
 
-def serve_load(llm: LLM, load: RandomLoad, count: int, **options: Any) -> None:
-    """Run a load and check it, and that nothing is left of it."""
+@dataclass
+class Lora:
+    """An ordinary LoRA of the tiny base: what a request for it sends, and what it gives."""
+
+    request: LoRARequest
+    model: PeftModel
+
+    @torch.no_grad()
+    def logits(self, ids: list[int]) -> torch.Tensor:
+        """float32 [n, vocab] of n token ids."""
+        return self.model(torch.tensor([ids])).logits[0]
+
+
+@pytest.fixture(scope="module")
+def lora(tiny_base: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Lora:
+    base = AutoModelForCausalLM.from_pretrained(tiny_base("llama"))
+    modules = ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    torch.manual_seed(0)
+    config = LoraConfig(r=8, lora_alpha=64, target_modules=modules, init_lora_weights=False)
+    model = get_peft_model(base, config).eval()
+    folder = tmp_path_factory.mktemp("lora")
+    model.save_pretrained(folder)
+    return Lora(LoRARequest("mine", 1, str(folder)), model)
+
+
+def serve_load(
+    llm: LLM, load: RandomLoad, count: int, lora: Lora | None = None, **options: Any
+) -> list[Request]:
+    """Run a load and check it, and that nothing is left of it; what was not given up of it."""
     run_together(llm, {"first": ([5, 6], EMBED)})
     before = held(llm)
     done = run_load(llm, load, count, **options)
-    check(load.reference, done)
+    check(load.reference, done, with_lora=lora and lora.logits)
     # What a finished request leaves in the runner goes with the next step.
     run_together(llm, {"last": ([5, 6], EMBED)})
     assert held(llm) == before
+    return [request for request, _ in done]
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_any_option(options: dict[str, Any], tiny_checkpoint: Callable[..., Path]) -> None:
+def test_any_option(
+    options: dict[str, Any], lora: Lora, tiny_checkpoint: Callable[..., Path]
+) -> None:
     folder = tiny_checkpoint("llama", k=4)
     load = RandomLoad(ReferenceEmbedder(folder), LIMIT, seed=1, abort_share=0.1)
+    few_blocks = "num_gpu_blocks_override" in options
+    if few_blocks:
+        load.longest_answer = 100  # in blocks that others want, too
+    if "enable_lora" in options:
+        load.lora = lora.request
     by_priority = options.get("scheduling_policy") == "priority"
     with running_engine(folder, max_model_len=LIMIT, **options) as llm:
-        serve_load(llm, load, 60, at_once=24, priorities=by_priority)
+        preempted = noted_preemptions(llm)
+        done = serve_load(llm, load, 60, lora, at_once=24, priorities=by_priority)
+    assert bool(preempted) == few_blocks
+    assert any(request.lora for request in done) == ("enable_lora" in options)
+
+
+def test_priority_is_an_order(tiny_checkpoint: Callable[..., Path]) -> None:
+    """Of what waits, texts and prompts alike, the lowest number is next."""
+    prompts = random_prompts([20, 9, 30, 12, 25, 16])
+    priorities = [2, 0, 5, 3, 1, 4]
+    greedy = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
+    with running_engine(
+        tiny_checkpoint("llama", k=4),
+        max_model_len=LIMIT,
+        max_num_seqs=1,
+        scheduling_policy="priority",
+    ) as llm:
+        for i, (prompt, priority) in enumerate(zip(prompts, priorities, strict=True)):
+            llm.llm_engine.add_request(
+                str(priority),
+                {"prompt_token_ids": prompt},
+                EMBED if i % 2 else greedy,
+                priority=priority,
+            )
+        finished = []
+        while llm.llm_engine.has_unfinished_requests():
+            finished += [each.request_id for each in llm.llm_engine.step() if each.finished]
+    assert finished == ["0", "1", "2", "3", "4", "5"]
 
 
 def test_a_step_has_few_tokens_beside_chat(tiny_checkpoint: Callable[..., Path]) -> None:
@@ -201,15 +264,9 @@ def test_sampling_options_beside_embeddings(
 
 
 def test_ordinary_loras_beside_the_adapter(
-    tiny_base: Callable[..., Path], tiny_checkpoint: Callable[..., Path], tmp_path: Path
+    lora: Lora, tiny_base: Callable[..., Path], tiny_checkpoint: Callable[..., Path]
 ) -> None:
     """A LoRA request is answered as plain vLLM answers it, in steps with texts to embed."""
-    base = AutoModelForCausalLM.from_pretrained(tiny_base("llama"))
-    modules = ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    torch.manual_seed(0)
-    config = LoraConfig(r=8, lora_alpha=64, target_modules=modules, init_lora_weights=False)
-    get_peft_model(base, config).save_pretrained(tmp_path / "lora")
-    lora = LoRARequest("mine", 1, str(tmp_path / "lora"))
     prompts, texts = random_prompts([5, 40, 100]), random_prompts([1, 30, 140], seed=3)
     greedy = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 
@@ -226,7 +283,7 @@ def test_ordinary_loras_beside_the_adapter(
 
     expected = {}
     with running_engine(tiny_base("llama"), **options) as plain:
-        for kind, request in (("lora", lora), ("plain", None)):
+        for kind, request in (("lora", lora.request), ("plain", None)):
             send(plain, kind, request)
             expected[kind] = answers(run_together(plain, {}), kind)
     assert expected["lora"] != expected["plain"]
@@ -234,7 +291,7 @@ def test_ordinary_loras_beside_the_adapter(
     folder = tiny_checkpoint("llama", k=4)
     reference = ReferenceEmbedder(folder).embed(texts)
     with running_engine(folder, **options) as llm:
-        send(llm, "lora", lora)
+        send(llm, "lora", lora.request)
         send(llm, "plain", None)
         outputs = run_together(llm, named("text", texts, EMBED))
         # Again, from the prefix cache, which keeps what a LoRA has computed apart.

@@ -15,23 +15,20 @@ import torch
 from vllm.v1.attention.backends import flash_attn
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+from gem_vllm.config import GemConfig
 from gem_vllm.plugin.config import take_attention_backend
 from gem_vllm.plugin.flash_attention import GemFlashAttentionImpl, with_own_key
 from gem_vllm.reference import ReferenceEmbedder
 from tests.plugin import flash_attention as in_torch
 from tests.plugin.conftest import (
-    EMBED,
     attending_by,
     cosines,
     embed,
-    embeddings_of,
     free_blocks,
-    named,
     random_prompts,
-    run_together,
     running_engine,
 )
-from tests.plugin.test_behind_runs import GREEDY, NEW, tokens_of, with_runs
+from tests.plugin.mixed_load import MixedLoad, with_runs
 
 
 @pytest.fixture
@@ -111,24 +108,18 @@ def test_embeddings_and_generation_behind_runs(
 ) -> None:
     """In chunks of 48 tokens, so that runs cross their borders; with hits of the prefix cache."""
     folder = tiny_checkpoint(family, k=k)
-    reference = ReferenceEmbedder(folder)
-    special_ids = reference.gem_config.special_token_ids
+    special_ids = GemConfig.from_pretrained(folder).special_token_ids
     shapes = [(5, 3), (31, 40), (32, 0), (47, 9, 33), (1, 1, 1, 0)]
     prompts = [with_runs(special_ids, *shape, seed=10 + i) for i, shape in enumerate(shapes)]
     texts = [*random_prompts([1, 17, 32, 64, 90]), prompts[0], prompts[3]]
-    states = [reference.hidden_states([*text, *special_ids])[-k:].mean(0) for text in texts]
-    expected = [reference.generate(prompt, NEW) for prompt in prompts]
+    load = MixedLoad.of(folder, prompts, texts, new=12)
     with running_engine(folder, max_model_len=256, max_num_batched_tokens=48, block_size=16) as llm:
         layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
         attention = {type(layer.impl) for layer in layers if hasattr(layer, "impl")}
         assert attention == {GemFlashAttentionImpl}
         before = free_blocks(llm)
         for _ in range(2):
-            requests = named("chat", prompts, GREEDY) | named("text", texts, EMBED)
-            outputs = run_together(llm, requests)
-            assert tokens_of(outputs, len(prompts)) == expected
-            found = embeddings_of(outputs, len(texts))
-            assert cosines(found, torch.stack(states)).min() >= 0.9999
+            load.check(llm)
         assert free_blocks(llm) == before
 
 

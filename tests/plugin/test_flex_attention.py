@@ -12,23 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vllm.v1.attention.backends import flex_attention
 
+from gem_vllm.config import GemConfig
 from gem_vllm.mask import gem_mask
 from gem_vllm.plugin.flex_attention import SeenRows, sees
 from gem_vllm.plugin.runs import find_runs
 from gem_vllm.plugin.step import GemStep
-from gem_vllm.reference import ReferenceEmbedder
 from tests.plugin import flex_attention as in_torch
-from tests.plugin.conftest import (
-    EMBED,
-    attending_by,
-    cosines,
-    embeddings_of,
-    named,
-    random_prompts,
-    run_together,
-    running_engine,
-)
-from tests.plugin.test_behind_runs import GREEDY, NEW, tokens_of, with_runs
+from tests.plugin.conftest import attending_by, random_prompts, running_engine
+from tests.plugin.mixed_load import MixedLoad, with_runs
 
 SPECIAL = (900, 901, 902)
 
@@ -74,15 +65,14 @@ def test_embeddings_and_generation_behind_runs(
 ) -> None:
     """In chunks of 48 tokens, so that runs cross their borders; with hits of the prefix cache."""
     folder = tiny_checkpoint(family, k=4)
-    reference = ReferenceEmbedder(folder)
-    special_ids = reference.gem_config.special_token_ids
+    special_ids = GemConfig.from_pretrained(folder).special_token_ids
     shapes = [(5, 3), (31, 40), (47, 9, 33), (1, 1, 1, 0)]
     prompts = [with_runs(special_ids, *shape, seed=10 + i) for i, shape in enumerate(shapes)]
     texts = [*random_prompts([1, 17, 64]), prompts[0], prompts[2]]
-    states = [reference.hidden_states([*text, *special_ids])[-4:].mean(0) for text in texts]
-    expected = [reference.generate(prompt, NEW) for prompt in prompts]
-    # Its run starts a chunk, where no other row looks as far back.
+    load = MixedLoad.of(folder, prompts, texts, new=12)
+    # Its first run starts a chunk, where no other row looks as far back.
     alone = with_runs(special_ids, 33, 9, seed=20)
+    one = MixedLoad.of(folder, [alone], [], new=12)
     with running_engine(
         folder,
         max_model_len=256,
@@ -94,10 +84,5 @@ def test_embeddings_and_generation_behind_runs(
         attention = {type(layer.impl) for layer in layers if hasattr(layer, "impl")}
         assert attention == {in_torch.FlexImplOnCPU}
         for _ in range(2):
-            requests = named("chat", prompts, GREEDY) | named("text", texts, EMBED)
-            outputs = run_together(llm, requests)
-            assert tokens_of(outputs, len(prompts)) == expected
-            found = embeddings_of(outputs, len(texts))
-            assert cosines(found, torch.stack(states)).min() >= 0.9999
-        outputs = run_together(llm, named("chat", [alone], GREEDY))
-        assert tokens_of(outputs, 1) == [reference.generate(alone, NEW)]
+            load.check(llm)
+        one.check(llm)

@@ -104,9 +104,9 @@ def test_prompt_logprobs_of_chat_beside_embeddings(llm: LLM, eager_specials: Pat
         (["special", 6], EMBED, "no whole run"),
         ([5, "run"], EMBED, "ends with special tokens"),
         (["run", 5], SamplingParams(), "starts with special tokens"),
-        ([5, "run", 6], SamplingParams(prompt_logprobs=1), "prompt_logprobs are not given"),
+        ([5, "run", 6], SamplingParams(prompt_logprobs=1), "prompt_logprobs is not for"),
         ([5] * 130 + ["run"] + [6] * 70 + ["run", 7], SamplingParams(), "52 fill up KV blocks"),
-        ([5] * 253, EMBED, "may have 252"),
+        ([5] * 252, EMBED, "may have 251"),
         ([5], SamplingParams(allowed_token_ids=["special"]), "never generated"),
     ],
     ids=["part", "embed", "end", "start", "logprobs", "padded", "length", "allowed"],
@@ -136,11 +136,22 @@ def test_empty_text_is_refused(llm: LLM) -> None:
 
 
 def test_truncation_cuts_the_text_not_the_special_tokens(llm: LLM) -> None:
-    cut = {"truncate_prompt_tokens": -1}
-    (output,) = llm.embed({"prompt_token_ids": [7] * 400}, tokenization_kwargs=cut, use_tqdm=False)
-    assert len(output.prompt_token_ids) == 256 - K
-    with pytest.raises(VLLMValidationError, match="252"):
-        llm.embed({"prompt_token_ids": [7] * 400}, use_tqdm=False)
+    (prompt,) = random_prompts([400])
+    for most, kept in ((-1, 251), (256, 251), (100, 100)):
+        cut = {"truncate_prompt_tokens": most}
+        (output,) = llm.embed({"prompt_token_ids": prompt}, tokenization_kwargs=cut, use_tqdm=False)
+        assert output.prompt_token_ids == prompt[:kept]
+    cut["truncation_side"] = "left"
+    (output,) = llm.embed({"prompt_token_ids": prompt}, tokenization_kwargs=cut, use_tqdm=False)
+    assert output.prompt_token_ids == prompt[-100:]
+    with pytest.raises(VLLMValidationError, match="251"):
+        llm.embed({"prompt_token_ids": prompt}, use_tqdm=False)
+
+
+def test_encode_is_embed(llm: LLM) -> None:
+    (encoded,) = llm.encode("a river", pooling_task="embed", use_tqdm=False)
+    (embedded,) = llm.embed("a river", use_tqdm=False)
+    assert encoded.outputs.data.tolist() == pytest.approx(embedded.outputs.embedding, abs=1e-5)
 
 
 def test_offline_scores(llm: LLM) -> None:

@@ -101,7 +101,7 @@ def test_a_moved_vllm_is_named(
 
 
 def test_a_vanished_target_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patches, "_applied", False)
+    monkeypatch.setattr(patches, "_applied", set())
     monkeypatch.delattr(InputProcessor, "process_inputs")
     with pytest.raises(GemError, match="patch 'reserved-token-ids'"):
         patches.apply_all()

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+# Of a whole file on a slow machine; what takes longer hangs.
+SECONDS = 3600
 CHOSEN = [
     "test_agreement.py::test_float32_alone_and_mixed[llama-4]",
     "test_agreement.py::test_concat_dimensions_and_raw_pooling",
@@ -71,6 +73,7 @@ def run_on_v2(tests: list[str], *options: str) -> int:
         cwd=ROOT,
         capture_output=True,
         text=True,
+        timeout=SECONDS,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
     passed = re.search(r"(\d+) passed", done.stdout)

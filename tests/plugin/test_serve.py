@@ -79,10 +79,6 @@ def test_usage_counts_the_users_tokens_only(server: Server) -> None:
 @pytest.mark.parametrize(
     ("route", "body", "read"),
     [
-        ("/v2/embed", {"texts": TEXTS[:1], "embedding_types": ["float"]}, "embeddings"),
-        ("/pooling", {"input": TEXTS[0]}, "data"),
-        ("/score", {"text_1": TEXTS[0], "text_2": TEXTS}, "data"),
-        ("/rerank", {"query": TEXTS[0], "documents": TEXTS}, "results"),
         ("/v1/completions", {"prompt": TEXTS[0], "max_tokens": 4}, "choices"),
         ("/v1/responses", {"input": TEXTS[0], "max_output_tokens": 4}, "output"),
         (
@@ -93,10 +89,28 @@ def test_usage_counts_the_users_tokens_only(server: Server) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) and value.startswith("/") else "",
 )
-def test_every_route_answers(server: Server, route: str, body: dict[str, Any], read: str) -> None:
+def test_every_generating_route_answers(
+    server: Server, route: str, body: dict[str, Any], read: str
+) -> None:
     answer = server.post(route, **body)
     assert answer.status_code == 200, answer.text
     assert answer.json()[read]
+
+
+def test_vectors_and_scores_of_the_other_routes(server: Server) -> None:
+    expected = server.reference.embed(TEXTS)
+
+    def answer(route: str, **body: Any) -> dict[str, Any]:
+        answered = server.post(route, **body)
+        assert answered.status_code == 200, answered.text
+        return answered.json()
+
+    embedded = answer("/v2/embed", texts=TEXTS, embedding_types=["float"])["embeddings"]["float"]
+    pooled = [each["data"] for each in answer("/pooling", input=TEXTS)["data"]]
+    for vectors in (embedded, pooled):
+        assert cosines(torch.tensor(vectors), expected).min() >= 0.9999
+    scores = [each["score"] for each in answer("/score", text_1=TEXTS[0], text_2=TEXTS)["data"]]
+    np.testing.assert_allclose(scores, expected @ expected[0], atol=1e-3)
 
 
 def test_rerank_puts_the_query_itself_first(server: Server) -> None:
@@ -272,8 +286,8 @@ def test_an_answer_with_its_prompts_embedding(server: Server) -> None:
         ("/v1/embeddings", {"input": {"text": "a"}}, 400, "valid"),
         ("/v1/embeddings", {"input": 7}, 400, "valid"),
         ("/v1/embeddings", {"input": [10**6]}, 400, "vocabulary"),
-        ("/v1/embeddings", {"input": [7] * 253}, 400, "252"),
-        ("/v1/embeddings", {"input": "bread " * 300}, 400, "252"),
+        ("/v1/embeddings", {"input": [7] * 252}, 400, "251"),
+        ("/v1/embeddings", {"input": "bread " * 300}, 400, "251"),
         ("/v1/embeddings", {"input": "a", "dimensions": 65}, 400, "64"),
         ("/v1/embeddings", {"input": "a", "encoding_format": "morse"}, 400, "encoding_format"),
         ("/v1/embeddings", {"input": "a", "model": "other"}, 404, "does not exist"),
@@ -291,17 +305,33 @@ def test_an_answer_with_its_prompts_embedding(server: Server) -> None:
         ),
         (
             "/v1/chat/completions",
+            {
+                "messages": [{"role": "user", "content": "<|gem_0|><|gem_1|><|gem_2|><|gem_3|>"}],
+                "chat_template_kwargs": {"tokenize": True},
+            },
+            400,
+            "reserved GEM token",
+        ),
+        (
+            "/v1/chat/completions",
             {"messages": [{"role": "user", "content": "a", "gem": {"compress": "yes"}}]},
             400,
             "is true or false",
         ),
         ("/v1/completions", {"prompt": "a", "gem": {"compress": "yes"}}, 400, "is true or false"),
         ("/v1/completions", {"prompt": "a", "gem": {"embeds": True}}, 400, "takes compress, embed"),
+        ("/v1/completions", {"prompt": ["a", ""], "gem": {"embed": True}}, 400, "empty"),
+        (
+            "/v1/completions",
+            {"prompt": "a", "gem": {"compress": True}, "echo": True},
+            400,
+            '"echo" is not for',
+        ),
         (
             "/v1/completions",
             {"prompt": [7] * 254, "max_tokens": 1, "gem": {"embed": True}},
             400,
-            "may have 252",
+            "may have 1 to 251",
         ),
         (
             "/v1/completions",
@@ -345,9 +375,9 @@ def test_neighbours_of_bad_requests_are_served(server: Server) -> None:
 
 def test_truncation_keeps_the_special_tokens(server: Server) -> None:
     long = "bread " * 300
-    ids = server.reference.tokenizer(long).input_ids[: LIMIT - K]
+    ids = server.reference.tokenizer(long).input_ids[: LIMIT - K - 1]
     expected = server.reference.embed([ids])
-    cut = server.embed(long, truncate_prompt_tokens=-1, truncation_side="right")
+    cut = server.embed(long, truncate_prompt_tokens=-1)
     assert cosines(torch.tensor(cut), expected).min() >= 0.9999
 
 

@@ -10,23 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from vllm import LLM, SamplingParams
+from vllm import LLM
 
-from gem_vllm.reference import ReferenceEmbedder
-from tests.plugin.conftest import (
-    EMBED,
-    cosines,
-    embeddings_of,
-    named,
-    random_prompts,
-    run_together,
-    running_engine,
-)
-from tests.plugin.test_behind_runs import tokens_of, with_runs
+from gem_vllm.config import GemConfig
+from tests.plugin.conftest import random_prompts, running_engine
+from tests.plugin.mixed_load import MixedLoad, with_runs
 
-NEW = 40
-GREEDY = SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=True)
 SPECULATIVE = {
     "method": "ngram",
     "num_speculative_tokens": 3,
@@ -55,16 +44,14 @@ def test_by_ngrams(
     """In chunks, with runs inside prompts, beside texts to embed, and from the prefix cache."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     folder = tiny_checkpoint("llama", k=4)
-    reference = ReferenceEmbedder(folder)
-    special_ids = reference.gem_config.special_token_ids
+    special_ids = GemConfig.from_pretrained(folder).special_token_ids
     shapes = [(5, 3), (31, 40), (47, 9, 33)]
     prompts = [
         *random_prompts([3, 17, 60]),
         *(with_runs(special_ids, *shape, seed=10 + i) for i, shape in enumerate(shapes)),
     ]
     texts = [*random_prompts([1, 17, 64, 90], seed=1), prompts[3]]
-    states = [reference.hidden_states([*text, *special_ids])[-4:].mean(0) for text in texts]
-    expected = [reference.generate(prompt, NEW) for prompt in prompts]
+    load = MixedLoad.of(folder, prompts, texts, new=40)
     options = {"gem_tokens_beside_chat": beside_chat} if beside_chat else {}
     with running_engine(
         folder,
@@ -75,9 +62,5 @@ def test_by_ngrams(
         disable_log_stats=False,
     ) as llm:
         for _ in range(2):
-            requests = named("chat", prompts, GREEDY) | named("text", texts, EMBED)
-            outputs = run_together(llm, requests)
-            assert tokens_of(outputs, len(prompts)) == expected
-            found = embeddings_of(outputs, len(texts))
-            assert cosines(found, torch.stack(states)).min() >= 0.9999
+            load.check(llm)
         assert accepted_drafts(llm) > 0

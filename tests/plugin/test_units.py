@@ -29,11 +29,11 @@ from gem_vllm.config import GemConfig
 from gem_vllm.errors import GemError
 from gem_vllm.mask import gem_mask
 from gem_vllm.plugin import step as gem_step
-from gem_vllm.plugin.batch import GemRunner
 from gem_vllm.plugin.last_layer import LastLayerMLP, ReadRows
 from gem_vllm.plugin.metrics import STEP_KINDS, attach_step_counts, take_step_counts
 from gem_vllm.plugin.pooler import pool_special_tokens
 from gem_vllm.plugin.runner import GemModelRunner
+from gem_vllm.plugin.runner_mixin import GemRunner
 from gem_vllm.plugin.runner_v2 import GemCudaGraphManager, GemModelRunnerV2
 from gem_vllm.plugin.runs import check_runs, find_runs, pad_runs
 from gem_vllm.plugin.scheduler import append_special_tokens
@@ -178,7 +178,8 @@ def test_the_last_mlp_computes_the_rows_that_are_read() -> None:
                 y[step.rows] += 100
             return y
 
-    mlp, x = LastLayerMLP(MLP()), torch.arange(12.0)[:, None]
+    mlp, x = MLP(), torch.arange(12.0)[:, None]
+    LastLayerMLP.enable(mlp)
     step = step_of({1}, (list(range(9)), 12, 1), ([*range(8), *SPECIAL], 0, 11))
     gem_step.publish(step)
     try:
@@ -233,6 +234,11 @@ def test_step_counts_travel_and_leave_nothing_behind() -> None:
         ),
         ({"enable_batch_sharded_sampling": True}, "Leave --enable-batch-sharded-sampling unset"),
         ({"enable_dbo": True}, "Leave --enable-dbo"),
+        ({"kv_offloading_size": 1.0}, "--kv-offloading-size unset"),
+        (
+            {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+            "Leave --kv-transfer-config",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

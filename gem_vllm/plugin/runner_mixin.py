@@ -1,0 +1,71 @@
+"""What both of vLLM's model runners are given alike; `runner` and `runner_v2` have what differs."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
+
+from gem_vllm.config import GemConfig
+from gem_vllm.errors import GemError
+from gem_vllm.plugin.batch import GemBatch
+from gem_vllm.plugin.frames import with_room
+
+if TYPE_CHECKING:
+    _Runner = Any
+else:
+    _Runner = object
+
+
+class GemRunner(_Runner):
+    """Mixin over vLLM's runners."""
+
+    gem_batch: GemBatch
+
+    @classmethod
+    def enable(cls, runner: Any, gem_config: GemConfig) -> None:
+        """Make `runner`, fresh from vLLM's worker, serve embedding requests too.
+
+        Raises:
+            GemError: it lacks what is overridden.
+        """
+        vllm_class = type(runner)
+        missing = [
+            name
+            for mixin in (cls, GemRunner)
+            for name, value in vars(mixin).items()
+            if inspect.isfunction(value) and not hasattr(vllm_class, name)
+        ]
+        if missing:
+            raise GemError(
+                f"vLLM has moved under gem-vllm's model runner: {vllm_class.__name__} has no "
+                f"{', '.join(missing)}. Install a vLLM version that this gem-vllm supports."
+            )
+        runner.__class__ = type(f"Gem{vllm_class.__name__}", (cls, vllm_class), {})
+        runner.gem_batch = GemBatch(gem_config, runner.device)
+
+    def get_supported_tasks(self) -> tuple[Any, ...]:
+        """vLLM's tasks for the model, and `embed`."""
+        return (*super().get_supported_tasks(), "embed")
+
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        """vLLM's, with longer windows.
+
+        A run's window counts neither its padding nor its tokens (`gem_vllm.mask`), so keys and
+        values are kept for longer by as many. What is attended to is set by the layers.
+        """
+        specs = super().get_kv_cache_spec()
+        for name, spec in specs.items():
+            if isinstance(spec, SlidingWindowSpec):
+                longer = spec.sliding_window + spec.block_size + self.gem_batch.gem_config.k
+                specs[name] = replace(spec, sliding_window=longer)
+        return specs
+
+    def execute_model(self, *args: Any, **kwargs: Any) -> Any:
+        """One forward pass; the step's special tokens are known only while it runs."""
+        try:
+            return with_room(super().execute_model, *args, **kwargs)
+        finally:
+            self.gem_batch.end_forward(self.model)
