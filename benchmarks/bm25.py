@@ -9,16 +9,15 @@ the figures stand beside its own.
 from __future__ import annotations
 
 import argparse
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import mteb
+from benchmark_script import about, about_table, run_script
 from mteb.abstasks.retrieval import AbsTaskRetrieval
 
 from gem_vllm.evaluation.local_tasks import find_tasks, local_task
 from gem_vllm.folders import write_json
-from gem_vllm.training.model_card import source_commit
 
 MODEL = "mteb/baseline-bm25s"
 
@@ -29,17 +28,10 @@ def main() -> None:
     parser.add_argument("--tasks", type=Path, required=True, help="folder with a folder a task")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
-    scores = bm25_scores(args.tasks)
-    about = {
-        "scores": scores,
-        "mteb": version("mteb"),
-        "bm25s": version("bm25s"),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "commit": source_commit(),
-    }
-    write_json(args.out / "bm25.json", about)
-    (args.out / "bm25.md").write_text(markdown(about), encoding="utf-8")
-    print(scores)
+    result = {"scores": bm25_scores(args.tasks), "about": about("mteb", "bm25s")}
+    write_json(args.out / "bm25.json", result)
+    (args.out / "bm25.md").write_text(markdown(result), encoding="utf-8")
+    print(result["scores"])
 
 
 def bm25_scores(tasks: Path) -> dict[str, dict[str, float]]:
@@ -55,11 +47,11 @@ def bm25_scores(tasks: Path) -> dict[str, dict[str, float]]:
     return scores
 
 
-def markdown(about: dict) -> str:
+def markdown(result: dict[str, Any]) -> str:
     """The table."""
     rows = [
         f"| {name} | {metric} | {score:.4f} |"
-        for name, scores in about["scores"].items()
+        for name, scores in result["scores"].items()
         for metric, score in scores.items()
     ]
     return "\n".join(
@@ -72,16 +64,11 @@ def markdown(about: dict) -> str:
             "|---|---|---|",
             *rows,
             "",
-            "```",
-            "python benchmarks/bm25.py --tasks eval",
-            "```",
-            "",
-            f"mteb {about['mteb']}, bm25s {about['bm25s']}, {about['date']}, "
-            f"commit {about['commit']}",
+            *about_table(result["about"]),
             "",
         ]
     )
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

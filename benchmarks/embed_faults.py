@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import subprocess
 import sys
@@ -27,13 +26,12 @@ from typing import Any
 import numpy as np
 import psutil
 import pyarrow.dataset
+from benchmark_script import ROOT, about, run_script
 from embed_faults_report import FAULTS, ROUNDS, markdown
 from embed_job import read
-from engine_facts import ROOT, commit, shown_command
 from raylets import Raylets, kill, raylets
 
 from gem_vllm.errors import GemError
-from gem_vllm.machine import cpu_name
 
 NODES = 2
 ROWS_PER_SHARD = 1000
@@ -97,18 +95,20 @@ def main() -> None:
         raise GemError(f"--rows-of-a-round must be over {MEMORY_ROWS} and at most --rows")
     prepare(args)
     path = args.out / "embed_faults.json"
-    about = {
-        "hardware": f"{cpu_name()}, cores {sorted(os.sched_getaffinity(0))}",
+    now = about("vllm", "ray")
+    commit = now.pop("commit")  # every round has its own
+    fixed = {
+        "hardware": now["hardware"],
         "engine": json.dumps(ENGINE),
         "texts": f"{args.rows} and {args.rows_of_a_round} of {args.data.name}",
     }
     result = json.loads(path.read_text()) if path.is_file() else {"rounds": []}
-    if {**result.get("about", {}), **about} != result.get("about", about):
+    if {**result.get("about", {}), **fixed} != result.get("about", fixed):
         raise GemError(f"{path} has rounds of other settings; choose another --out")
-    result["about"] = {**about, "command": shown_command(sys.argv)}
+    result["about"] = {**fixed, **now}
     deadline = time.monotonic() + 60 * args.minutes
     with raylets(NODES) as cluster:
-        bench = Bench(args.work, cluster, commit())
+        bench = Bench(args.work, cluster, commit)
         for name, todo in rounds_to_do(args, bench, result):
             if time.monotonic() > deadline:
                 break
@@ -320,8 +320,4 @@ def fresh(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except GemError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmark_script import about_table
+
 FAULTS = {
     "replica": "kill -9 of a replica",
     "node": "kill -9 of a node: raylet, agents, workers",
@@ -42,10 +44,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"**{memory['at']:.0f} MiB** at {memory['rows_at']:,} rows, **{memory['end']:.0f} MiB** at "
         f"{memory['rows_end']:,}, {memory['most']:.0f} at most between.",
         "",
-        "| | |",
-        "|---|---|",
-        *(f"| {key} | {value} |" for key, value in result["about"].items()),
-        f"| commit | {'; '.join(commits)} |",
+        *about_table({**result["about"], "commit": "; ".join(commits)}),
         "",
     ]
     return "\n".join(lines)

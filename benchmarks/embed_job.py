@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -23,14 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from engine_facts import commit, shown_command
+from benchmark_script import ROOT, about, about_table, run_script
 
 from gem_vllm.errors import GemError
-from gem_vllm.machine import cpu_name, serve_dtype, serve_environment
+from gem_vllm.machine import serve_dtype, serve_environment
 from gem_vllm.serving.job import run_embed_job
 from gem_vllm.serving.options import EmbedOptions, ReplicaOptions
 
-ROOT = Path(__file__).resolve().parents[1]
 TARGET = 0.9
 BATCH = 1024
 # Before the rate on the bare loop's standard output, where vLLM writes too.
@@ -139,9 +137,7 @@ def measure(args: argparse.Namespace, texts: list[str]) -> dict[str, Any]:
         "rates": rates,
         "driver_mib": {"first shard": memory[0], "last shard": memory[-1]},
         "about": {
-            "hardware": f"{cpu_name()}, cores {sorted(os.sched_getaffinity(0))}",
-            "command": shown_command(sys.argv),
-            "commit": commit(),
+            **about("vllm", "torch", "ray"),
             "engine": json.dumps(ENGINE),
             "texts": f"{args.rows} of {args.data.name}, {args.rounds} rounds",
         },
@@ -169,17 +165,11 @@ def markdown(result: dict[str, Any]) -> str:
         f"Driver, resident: {memory['first shard']:.0f} MiB after the first shard, "
         f"{memory['last shard']:.0f} MiB after the last.",
         "",
-        "| | |",
-        "|---|---|",
-        *(f"| {key} | {value} |" for key, value in result["about"].items()),
+        *about_table(result["about"]),
         "",
     ]
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except GemError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

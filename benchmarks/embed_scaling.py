@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -24,10 +23,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
-from engine_facts import ROOT, commit, shown_command
+from benchmark_script import ROOT, about, about_table, run_script
 
 from gem_vllm.errors import GemError
-from gem_vllm.machine import cpu_name
 from gem_vllm.serving.job import FOOTER_READERS, SHARD_ROWS
 from gem_vllm.serving.manifest import DONE, OutputFolder
 from gem_vllm.serving.options import ReplicaOptions
@@ -73,11 +71,7 @@ def main() -> None:
             "write": write(OutputFolder(f"{folder}/write")),
             "state": state(OutputFolder(f"{folder}/state"), args.shards),
             "rows_per_gpu": args.rows_per_gpu,
-            "about": {
-                "hardware": f"{cpu_name()}, cores {sorted(os.sched_getaffinity(0))}",
-                "command": shown_command(sys.argv),
-                "commit": commit(),
-            },
+            "about": about("ray", "pyarrow"),
         }
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "embed_scaling.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -191,17 +185,11 @@ def markdown(result: dict[str, Any]) -> str:
         "- **Tail**: at the end a replica waits for the last shards of the others, at most two "
         f"shards' time ({2 * embed_s:.0f} s here).",
         "",
-        "| | |",
-        "|---|---|",
-        *(f"| {key} | {value} |" for key, value in result["about"].items()),
+        *about_table(result["about"]),
         "",
     ]
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except GemError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

@@ -13,18 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
-import sys
 import tempfile
 import time
 from contextlib import ExitStack
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import psutil
+from benchmark_script import ROOT, about, run_script
 from endpoint_client import Load, Outcome, bodies_of, run
 from endpoint_report import SHARES, TASK_NAMES, markdown, ratios
 from endpoint_servers import (
@@ -36,13 +32,13 @@ from endpoint_servers import (
     idle_cores,
     vllm_serve,
 )
-from engine_facts import ROOT, commit, read_texts, shown_command
+from engine_facts import read_texts
 from engine_loads import mixed_amounts
 
 from gem_vllm.config import GemConfig
 from gem_vllm.demo.processes import terminated_like_interrupted
 from gem_vllm.errors import GemError
-from gem_vllm.machine import cpu_name, serve_dtype
+from gem_vllm.machine import serve_dtype
 
 PARTS = (*TASK_NAMES, "swing")
 IN_FLIGHT = (32, 256)
@@ -117,7 +113,7 @@ class Part:
         self.name, self.args, self.stack = name, args, stack
         self.logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         self.started = time.monotonic()
-        self.commit = commit()
+        self.of_run = about("vllm", "torch", "ray")
         self.others: list[float] = []
         texts = read_bodies(args.checkpoint)
         self.bodies = {task: bodies_of(task, texts[task], MODEL, MAX_TOKENS) for task in TASK_NAMES}
@@ -218,15 +214,8 @@ class Part:
 
     def about(self, idle: dict[str, float]) -> dict[str, str]:
         """Where, when and with what this part was measured."""
-        packages = ("gem-vllm", "vllm", "torch", "ray")
         return {
-            "hardware": f"{cpu_name()}, cores {sorted(os.sched_getaffinity(0))}, "
-            f"{psutil.virtual_memory().total / 2**30:.0f} GiB of memory",
-            "command": shown_command(sys.argv),
-            "commit": self.commit,
-            "versions": f"Python {platform.python_version()}, "
-            + ", ".join(f"{package} {version(package)}" for package in packages),
-            "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+            **self.of_run,
             "checkpoint": self.args.checkpoint.name,
             "dtype": serve_dtype(),
             "engines": ", ".join(f"{name}={value}" for name, value in ENGINE_OPTIONS.items()),
@@ -261,8 +250,4 @@ def read_bodies(checkpoint: Path) -> dict[str, list[str]]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except GemError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

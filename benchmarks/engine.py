@@ -13,19 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import sys
 import tempfile
 import time
 from contextlib import ExitStack
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
-from engine_facts import commit, read_texts, shown_command, weight_bytes
+from benchmark_script import ROOT, about, run_script
+from engine_facts import read_texts, weight_bytes
 from engine_loads import (
     CPU,
     CUDA,
@@ -44,9 +39,8 @@ from engine_report import MIXED_TARGETS, PEER_OF, UNITS, markdown, mixed_name, r
 from gem_vllm.config import GemConfig
 from gem_vllm.demo.processes import terminated_like_interrupted
 from gem_vllm.errors import GemError
-from gem_vllm.machine import cpu_name, has_cuda, serve_dtype
+from gem_vllm.machine import has_cuda, serve_dtype
 
-ROOT = Path(__file__).resolve().parents[1]
 ADAPTER_FOLDER = "gem_adapter"
 
 
@@ -231,17 +225,8 @@ class Run:
         """Where, when and with what this was measured."""
         size = self.size
         k = GemConfig.from_pretrained(self.args.checkpoint).k
-        packages = ("gem-vllm", "vllm", "torch", "transformers")
         return {
-            "hardware": f"{torch.cuda.get_device_name()}; "
-            * has_cuda()
-            + f"{cpu_name()}, {len(self.cores)} cores, "
-            f"{psutil.virtual_memory().total / 2**30:.0f} GiB of memory",
-            "command": shown_command(sys.argv),
-            "commit": commit(),
-            "versions": f"Python {platform.python_version()}, "
-            + ", ".join(f"{package} {version(package)}" for package in packages),
-            "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+            **about("vllm", "torch", "transformers"),
             "checkpoint": f"{self.args.checkpoint.name}, k = {k}; base: {self.args.base.name}",
             "dtype": self.setup["dtype"],
             "engines": ", ".join(f"{key}={value}" for key, value in self.device.options.items()),
@@ -264,8 +249,4 @@ class Run:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except GemError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

@@ -1,20 +1,17 @@
-"""What `engine.py` needs to know of its texts, of the machine and of the weights."""
+"""What `engine.py` needs to know of its texts and of the weights."""
 
 from __future__ import annotations
 
 import math
-import os
-import shlex
-import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmark_script import ROOT
 from safetensors import safe_open
 
 from gem_vllm.errors import GemError
 
-ROOT = Path(__file__).resolve().parents[1]
 TEXTS = ROOT / "examples" / "wikipedia_train.txt"
 PROMPTS = ROOT / "examples" / "wikipedia_held_back.txt"
 # Tokens of a text, from and to; the lengths between take turns.
@@ -88,33 +85,3 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Sequence[int], str]]:
             for name in weights.keys():  # noqa: SIM118 (not a mapping)
                 tensor = weights.get_slice(name)
                 yield name, tensor.get_shape(), tensor.get_dtype()
-
-
-def commit() -> str:
-    """The checkout's commit, with a note where files, results apart, differ from it.
-
-    A copy without its history is told by `GEM_VLLM_COMMIT`.
-    """
-    if told := os.environ.get("GEM_VLLM_COMMIT"):
-        return told
-
-    def git(*command: str) -> str:
-        done = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True)
-        return done.stdout.strip()
-
-    changed = git(
-        "status", "--porcelain", "--untracked-files=no", "--", ":(exclude)benchmarks/results"
-    )
-    return (git("rev-parse", "HEAD") or "unknown") + (", with changes" if changed else "")
-
-
-def shown_command(argv: Sequence[str]) -> str:
-    """The command line as others would type it: no absolute paths."""
-
-    def shown(argument: str) -> str:
-        path = Path(argument)
-        if not path.is_absolute():
-            return argument
-        return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
-
-    return shlex.join(["python", *map(shown, argv)])

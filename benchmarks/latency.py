@@ -27,7 +27,8 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from engine_facts import PROMPTS, TEXTS, commit, read_paragraphs, read_texts, shown_command
+from benchmark_script import commit, shown_command
+from engine_facts import PROMPTS, TEXTS, read_paragraphs, read_texts
 
 from gem_vllm.folders import write_json
 from gem_vllm.machine import cpu_name, serve_dtype

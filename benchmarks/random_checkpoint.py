@@ -10,10 +10,10 @@ what its weights are, and neither model needs a network to be had.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
+from benchmark_script import run_script
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
@@ -77,8 +77,4 @@ def make_checkpoint(base: Path, folder: Path, k: int) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except GemError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

@@ -20,8 +20,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from benchmark_script import commit, shown_command
 from endpoint_servers import vllm_serve
-from engine_facts import commit, shown_command
 
 from gem_vllm.folders import write_json
 from gem_vllm.machine import cpu_name

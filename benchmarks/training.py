@@ -11,27 +11,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from benchmark_script import about, about_table, run_script
 from engine_facts import TEXTS, read_paragraphs
 from training_peers import PEERS
 from transformers import AutoTokenizer
 
 from gem_vllm.folders import write_json
-from gem_vllm.machine import cpu_name, has_cuda
-from gem_vllm.training.model_card import source_commit
 from gem_vllm.training.run import compute_dtype
 
 WARM_UP = 2
-PACKAGES = ("gem-vllm", "torch", "transformers", "peft", "sentence-transformers")
 SCRIPT = Path(__file__).with_name("training_peers.py")
 FORWARD, ADAPTER, ORDINARY = "forward", "gem adapter", "Trainer, LoRA"
 
@@ -60,25 +55,13 @@ def main() -> None:
         "pairs": args.batch,
         "special_tokens": args.special_tokens,
         "dtype": str(compute_dtype(args.dtype)).removeprefix("torch."),
-        "hardware": hardware(),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "commit": source_commit(),
-        "versions": ", ".join(f"{package} {version(package)}" for package in PACKAGES),
+        "about": about("torch", "transformers", "peft", "sentence-transformers"),
         "rounds": rounds,
     }
     args.out.mkdir(parents=True, exist_ok=True)
     write_json(args.out / "training.json", result)
     (args.out / "training.md").write_text(markdown(result), encoding="utf-8")
     print((args.out / "training.md").read_text())
-
-
-def hardware() -> str:
-    """The GPU, or the processor and how many cores of it."""
-    import torch
-
-    if has_cuda():
-        return torch.cuda.get_device_name()
-    return f"{cpu_name()}, {len(os.sched_getaffinity(0))} cores"
 
 
 def write_pairs(args: argparse.Namespace, file: Path) -> Path:
@@ -153,11 +136,10 @@ def markdown(result: dict[str, Any]) -> str:
         f"| memory, against the forward pass | {most:.2f} | 1.2 |",
         f"| tokens/s, against {ORDINARY} | {rates[ADAPTER] / rates[ORDINARY]:.2f} | 2 |",
         "",
-        f"{result['hardware']}; {result['date']}, commit {result['commit']};",
-        f"{result['versions']}.",
+        *about_table(result["about"]),
     ]
     return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

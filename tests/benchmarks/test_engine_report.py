@@ -7,12 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from engine_facts import shown_command, texts_of_length, weight_bytes
+from engine_facts import texts_of_length, weight_bytes
 from engine_loads import CPU, mixed_amounts, mixed_loads, solo_amount
 from engine_report import markdown, quartiles, ratios, ratios_by_round
 from safetensors.torch import save_file
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -107,11 +105,6 @@ def test_weights_count_in_the_engine_s_dtype(tmp_path: Path) -> None:
     assert weight_bytes(tmp_path, "float32") == 44
     assert weight_bytes(tmp_path, "float32", only="lm_head.") == 12
     assert weight_bytes(tmp_path / "absent", "float32") == 0
-
-
-def test_the_shown_command_has_no_absolute_path() -> None:
-    argv = ["benchmarks/engine.py", "--base", str(ROOT / "models" / "base"), "--out", "/far/away"]
-    assert shown_command(argv) == ("python benchmarks/engine.py --base models/base --out away")
 
 
 def test_a_turn_lasts_as_long_as_asked() -> None:

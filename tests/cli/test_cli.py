@@ -6,11 +6,15 @@ import subprocess
 import sys
 
 import pytest
+from typer.main import get_command
 
 from gem_vllm import cli
 from gem_vllm.errors import GemError
 
-SUBCOMMANDS = ("fetch", "train", "adapter", "embed", "serve", "key", "evaluate", "export", "demo")
+SUBCOMMANDS = (
+    *("fetch", "train", "mine", "questions", "adapter", "embed", "serve", "key"),
+    *("evaluate", "export", "demo"),
+)
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -19,6 +23,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_help_names_every_subcommand() -> None:
+    assert sorted(get_command(cli.app).commands) == sorted(SUBCOMMANDS)
     result = run("--help")
     assert result.returncode == 0
     assert all(name in result.stdout for name in SUBCOMMANDS)

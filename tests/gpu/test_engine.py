@@ -50,6 +50,34 @@ def test_bfloat16_alone_and_mixed(
     assert cosines(embeddings_of(outputs, len(prompts)), expected).min() >= 0.999
 
 
+@pytest.mark.parametrize("runner", ["V2", "V1"])
+def test_asynchronous_scheduling_and_none(
+    runner: str, tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which a CPU has not: a step is scheduled before the last one's tokens are known."""
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", str(int(runner == "V2")))
+    folder = tiny_checkpoint("llama", k=4)
+    texts = random_prompts([1, 16, 127, 250])
+    questions = random_prompts([5, 40, 130], seed=1)
+    expected = ReferenceEmbedder(folder).embed(texts)
+    first = []
+    for asynchronous in (True, False):
+        with running_engine(
+            folder, max_model_len=256, dtype="bfloat16", async_scheduling=asynchronous
+        ) as llm:
+            scheduler_config = llm.llm_engine.vllm_config.scheduler_config
+            assert scheduler_config.async_scheduling is asynchronous
+            outputs = run_together(
+                llm, named("chat", questions, GREEDY) | named("text", texts, EMBED)
+            )
+            assert step_counts(llm)["mixed"] > 0
+        assert cosines(embeddings_of(outputs, len(texts)), expected).min() >= 0.999
+        answers = [outputs[f"chat-{i}"].outputs[0].token_ids for i in range(len(questions))]
+        assert [len(answer) for answer in answers] == [GREEDY.max_tokens] * len(answers)
+        first.append([answer[:2] for answer in answers])
+    assert first[0] == first[1]
+
+
 @pytest.mark.parametrize("backend", ["FLASH_ATTN", "FLEX_ATTENTION"])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_text_with_runs_in_it(

@@ -1,0 +1,87 @@
+"""What the scripts here have in common: where a figure is from, and how they end."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import psutil
+
+from gem_vllm.errors import GemError
+from gem_vllm.machine import cpu_name, has_cuda
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script; what its user can mend is one line and exit status 2."""
+    try:
+        main()
+    except GemError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def about(*packages: str) -> dict[str, str]:
+    """Where, with what and when a result is measured.
+
+    Args:
+        packages: whose versions count, beside Python's and gem-vllm's.
+    """
+    shown = (f"{package} {version(package)}" for package in ("gem-vllm", *packages))
+    return {
+        "hardware": f"{_gpu()}{cpu_name()}, cores {sorted(os.sched_getaffinity(0))}",
+        "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
+        "command": shown_command(sys.argv),
+        "commit": commit(),
+        "versions": ", ".join((f"Python {platform.python_version()}", *shown)),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }
+
+
+def about_table(rows: Mapping[str, str]) -> list[str]:
+    """Lines of Markdown: what `about` says, with whatever else is in it."""
+    return ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
+
+
+def _gpu() -> str:
+    import torch
+
+    return f"{torch.cuda.get_device_name()}; " if has_cuda() else ""
+
+
+def commit() -> str:
+    """The checkout's commit, with a note where files, results apart, differ from it.
+
+    A copy without its history is told by `GEM_VLLM_COMMIT`.
+    """
+    if told := os.environ.get("GEM_VLLM_COMMIT"):
+        return told
+
+    def git(*command: str) -> str:
+        done = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    changed = git(
+        "status", "--porcelain", "--untracked-files=no", "--", ":(exclude)benchmarks/results"
+    )
+    return (git("rev-parse", "HEAD") or "unknown") + (", with changes" if changed else "")
+
+
+def shown_command(argv: Sequence[str]) -> str:
+    """The command line as others would type it: no absolute paths."""
+
+    def shown(argument: str) -> str:
+        path = Path(argument)
+        if not path.is_absolute():
+            return argument
+        return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
+
+    return shlex.join(["python", *map(shown, argv)])

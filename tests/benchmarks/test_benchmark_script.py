@@ -1,0 +1,41 @@
+"""What every benchmark says of where its figures are from, and how it ends."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from benchmark_script import about, about_table, run_script, shown_command
+
+from gem_vllm.errors import GemError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_about_says_where_and_with_what(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "benchmarks" / "bm25.py"), "--tasks", "eval"])
+    monkeypatch.setenv("GEM_VLLM_COMMIT", "abc")
+    rows = about("pytest")
+    assert list(rows) == ["hardware", "memory", "command", "commit", "versions", "date"]
+    assert all(rows.values())
+    assert rows["commit"] == "abc"
+    assert f"pytest {pytest.__version__}" in rows["versions"]
+    table = about_table({**rows, "rounds": "3"})
+    assert "| command | python benchmarks/bm25.py --tasks eval |" in table
+    assert table[-1] == "| rounds | 3 |"
+
+
+def test_the_shown_command_has_no_absolute_path() -> None:
+    argv = ["benchmarks/engine.py", "--base", str(ROOT / "models" / "base"), "--out", "/far/away"]
+    assert shown_command(argv) == "python benchmarks/engine.py --base models/base --out away"
+
+
+def test_what_the_user_can_mend_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        raise GemError("--rounds is 0; take 3 or more")
+
+    with pytest.raises(SystemExit) as ended:
+        run_script(main)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: --rounds is 0; take 3 or more\n"
