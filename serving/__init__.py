@@ -5,6 +5,7 @@
 | `job` | `gem-vllm embed`: plan, actor pool, progress, the count at the end |
 | `replica` | one engine that turns shards of rows into Parquet files |
 | `manifest` | what is finished, and what a job is bound to, in its output folder |
+| `lock` | one job at a time in a local output folder |
 | `inputs` | the rows to embed, whatever format they are in, bad ones included |
 | `columnar` | Parquet and Arrow files |
 | `lines` | JSON lines, CSV and text |

@@ -5,7 +5,7 @@ Their readers are called as those of `lines`, but treat the column with the text
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -34,13 +34,30 @@ class Chunk:
         return len(next(iter(self.columns.values())))
 
 
-def parquet_types(url: str) -> dict[str, pa.DataType]:
+def merged_type(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
+    """The type that holds the values of both; None where there is none."""
+    schemas = [pa.schema({"": type_}) for type_ in (one, other)]
+    try:
+        return pa.unify_schemas(schemas, promote_options="permissive").field(0).type
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        return None
+
+
+def is_open_type(type_: pa.DataType) -> bool:
+    """Whether it is of nulls, or lists or structs of such: of values that did not show a type."""
+    if pa.types.is_null(type_):
+        return True
+    inner = [type_.field(i).type for i in range(type_.num_fields)]
+    return any(map(is_open_type, inner)) or (pa.types.is_struct(type_) and not inner)
+
+
+def parquet_types(url: str, names: Sequence[str]) -> dict[str, pa.DataType]:
     """The columns of a Parquet file."""
     with fsspec.open(url, "rb") as stream:
         return _plain_types(pq.read_schema(stream))
 
 
-def arrow_types(url: str) -> dict[str, pa.DataType]:
+def arrow_types(url: str, names: Sequence[str]) -> dict[str, pa.DataType]:
     """The columns of an Arrow stream."""
     with _arrow_reader(url) as reader:
         return _plain_types(reader.schema)

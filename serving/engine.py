@@ -132,7 +132,8 @@ class EngineThread:
                 self._room.wait()
             self._raise_failure()
             self._tokens += request.weight
-        self._requests.put(request)
+            # Under the lock: what is put before a failure is found there and told of it.
+            self._requests.put(request)
         return request.future
 
     def _raise_failure(self) -> None:
@@ -172,15 +173,13 @@ class EngineThread:
             while not self._requests.empty() or not self._engine.has_unfinished_requests():
                 self._add(f"{added}", self._requests.get())
                 added += 1
-            finished = [
-                (self._waiting.pop(output.request_id), output)
-                for output in self._engine.step()
-                if output.finished
-            ]
+            finished = [output for output in self._engine.step() if output.finished]
             # Once a step: whoever waits for room takes the interpreter from the engine.
-            self._release(request for request, _ in finished)
-            for request, output in finished:
+            self._release(self._waiting[output.request_id] for output in finished)
+            for output in finished:
+                request = self._waiting[output.request_id]
                 request.future.set_result(_answer(request, output))
+                del self._waiting[output.request_id]
 
     def _add(self, name: str, request: _Request) -> None:
         from vllm.exceptions import VLLMClientError
@@ -190,14 +189,14 @@ class EngineThread:
         params.output_kind = RequestOutputKind.FINAL_ONLY
         # With its text: a special token in that is refused, where one among token ids is meant.
         prompt: Any = {"prompt_token_ids": request.prompt, "prompt": request.text}
+        # From here on it waits: whatever else is raised is the engine's failure, and told to it.
+        self._waiting[name] = request
         try:
             self._engine.add_request(name, prompt, params)
         except (VLLMClientError, ValueError) as error:
             # As the server answers with 400: too long, empty, a reserved token.
-            self._release([request])
+            self._release([self._waiting.pop(name)])
             request.future.set_exception(BadRow(str(error).strip().split("\n", 1)[0]))
-        else:
-            self._waiting[name] = request
 
     def _release(self, requests: Iterable[_Request]) -> None:
         if weight := sum(request.weight for request in requests):

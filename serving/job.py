@@ -20,7 +20,7 @@ import ray
 from gem_vllm.errors import GemError
 from gem_vllm.folders import content_sha256
 from gem_vllm.serving.errors import JobError
-from gem_vllm.serving.inputs import InputFile, column_types, count_rows, list_files
+from gem_vllm.serving.inputs import InputFile, column_types, count_rows, list_files, would_read
 from gem_vllm.serving.manifest import (
     DONE,
     SUMMARY,
@@ -64,23 +64,27 @@ def run_embed_job(
     files = list_files(options.input)
     types = column_types(files, options.columns())
     output = OutputFolder(options.output)
+    if would_read(options.input, f"{options.output}/part-00000.parquet"):
+        raise GemError(
+            f"--output {options.output} is in --input {options.input}: what is written would be "
+            "read; choose another folder"
+        )
     start = time.monotonic()
     bound = {
         "input": fingerprint(files),
         "checkpoint": content_sha256(options.model),
-        "options": options.decisive(),
+        "options": {**options.decisive(), **replicas.decisive()},
     }
-    with ray_cluster(replicas):
 
-        def new_plan() -> Plan:
-            rows = _count(files)
-            chosen = options.rows_per_shard or min(
-                max(sum(rows) // (SHARDS_PER_REPLICA * replicas.max_replicas), SHARD_ROWS[0]),
-                SHARD_ROWS[1],
-            )
-            return make_plan(bound, files, rows, chosen)
+    def new_plan() -> Plan:
+        rows = _count(files)
+        chosen = options.rows_per_shard or min(
+            max(sum(rows) // (SHARDS_PER_REPLICA * replicas.max_replicas), SHARD_ROWS[0]),
+            SHARD_ROWS[1],
+        )
+        return make_plan(bound, files, rows, chosen)
 
-        plan = output.open_plan(bound, new_plan)
+    with ray_cluster(replicas), output.open_plan(bound, new_plan) as plan:
         output.remove_scraps()
         done = output.finished()
         rows_before = sum(counts["rows"] for counts in done.values())
@@ -102,10 +106,10 @@ def run_embed_job(
                     "replicas": len(set(latest)),
                 }
             )
-    output.remove_scraps()
-    summary = _summary(output, plan, options)
-    summary["this_run"] = {**now, "seconds": round(time.monotonic() - start, 3)}
-    output.write_json(SUMMARY, summary)
+        output.remove_scraps()
+        summary = _summary(output, plan, options)
+        summary["this_run"] = {**now, "seconds": round(time.monotonic() - start, 3)}
+        output.write_json(SUMMARY, summary)
     return summary
 
 

@@ -5,6 +5,7 @@
     OUTPUT/_gem/done/00000.json    written when part-00000 is whole; this decides
     OUTPUT/_gem/errors/00000.parquet   rows of the shard that were reported, with their reasons
     OUTPUT/_gem/summary.json       at the end
+    OUTPUT/_gem/lock               of a local folder, held by the job that is at work in it
 
 Names that begin with "_" are left out by whatever reads the folder as a data set. Nothing has the
 name it is known by before it is whole: a local file is written beside it, synced and renamed; an
@@ -29,10 +30,14 @@ import fsspec
 from gem_vllm.errors import GemError
 from gem_vllm.serving.errors import JobError, first_line
 from gem_vllm.serving.inputs import InputFile
+from gem_vllm.serving.lock import held
 
 STATE = "_gem"
 PLAN, SUMMARY = f"{STATE}/plan.json", f"{STATE}/summary.json"
 DONE, ERRORS = f"{STATE}/done", f"{STATE}/errors"
+LOCK = f"{STATE}/lock"
+# A file that is not whole yet: its name, and a UUID.
+SCRATCH = ".{name}-{uuid}"
 
 
 @dataclass(frozen=True)
@@ -97,10 +102,8 @@ class OutputFolder:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        try:
+        with self._refusing():
             self.fs, self.path = fsspec.core.url_to_fs(url)
-        except (OSError, ValueError, ImportError) as error:
-            raise GemError(f"--output {url} cannot be used: {error}") from error
         self.path = self.path.rstrip("/")
         self.local = "file" in (
             (self.fs.protocol,) if isinstance(self.fs.protocol, str) else self.fs.protocol
@@ -119,7 +122,7 @@ class OutputFolder:
         target = f"{self.path}/{name}"
         parent, _, leaf = target.rpartition("/")
         folder = parent if self.local else tempfile.gettempdir()
-        scratch = f"{folder}/.{leaf}-{uuid.uuid4().hex}"
+        scratch = f"{folder}/{SCRATCH.format(name=leaf, uuid=uuid.uuid4().hex)}"
         try:
             os.makedirs(folder, exist_ok=True)
             yield scratch
@@ -130,10 +133,7 @@ class OutputFolder:
             else:
                 self.fs.put_file(scratch, target)
         except OSError as error:
-            raise JobError(
-                f"{self.url} cannot be written: {first_line(error)}. Mend that, and run the same "
-                "command again to go on"
-            ) from error
+            raise self._unwritable(error) from error
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(scratch)
@@ -154,35 +154,82 @@ class OutputFolder:
                 f"{self.url}/{name} is not JSON ({error}); choose another --output"
             ) from error
 
-    def open_plan(self, bound: dict[str, Any], make: Callable[[], Plan]) -> Plan:
-        """The plan of the job that this folder has, or a new one.
+    def remove(self, name: str) -> None:
+        """Remove the file ``name``, if there is one; JobError where that is not allowed."""
+        path = f"{self.path}/{name}"
+        try:
+            # Asked first: who may write in an object store may not always remove there.
+            if self.fs.exists(path):
+                self.fs.rm_file(path)
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    @contextlib.contextmanager
+    def open_plan(self, bound: dict[str, Any], make: Callable[[], Plan]) -> Iterator[Plan]:
+        """The plan of the job that this folder has, or a new one; for the time that it works.
 
         Args:
             bound: what the job at hand is bound to.
             make: the plan, for a folder that has none.
 
         Raises:
-            GemError: the folder has another job's output, or something else.
+            GemError: the folder has another job's output, or something else, or another job is at
+                work in it (of an object store this is not known).
         """
-        if self.fs.isfile(self.path):
-            raise GemError(f"--output {self.url} is a file; name a folder")
-        found = self.read_json(PLAN)
-        if found is None:
-            self._refuse_foreign()
-            plan = make()
-            self.write_json(PLAN, asdict(plan))
-            return plan
-        differences = "; ".join(_differences(found["bound"], bound))
-        if differences:
-            raise GemError(
-                f"{self.url} has the output of another job: {differences}. Choose another "
-                "--output, or give what the job began with to go on with it"
+        with self._refusing():
+            if self.fs.isfile(self.path):
+                raise GemError(f"--output {self.url} is a file; name a folder")
+            is_new = self.read_json(PLAN) is None
+            if is_new:
+                self._refuse_foreign()
+        plan = make() if is_new else None
+        with self._alone():
+            if plan is not None:
+                self._create_plan(plan)
+            # Read in any case: another job may have been first.
+            found = self.read_json(PLAN)
+            differences = "; ".join(_differences(_going_on(found["bound"], bound), bound))
+            if differences:
+                raise GemError(
+                    f"{self.url} has the output of another job: {differences}. Choose another "
+                    "--output, or give what the job began with to go on with it"
+                )
+            if found["bound"] != bound:
+                self.write_json(PLAN, {**found, "bound": bound})
+            yield Plan(
+                bound,
+                [InputFile(**file) for file in found["files"]],
+                [Shard(**shard) for shard in found["shards"]],
             )
-        return Plan(
-            found["bound"],
-            [InputFile(**file) for file in found["files"]],
-            [Shard(**shard) for shard in found["shards"]],
-        )
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold a local folder; GemError where another job does."""
+        with contextlib.ExitStack() as stack:
+            try:
+                mine = not self.local or stack.enter_context(held(Path(self.path, LOCK)))
+            except OSError as error:
+                raise self._unwritable(error) from error
+            if not mine:
+                raise GemError(
+                    f"another job is at work in {self.url}; wait for its end, or choose another "
+                    "--output"
+                )
+            yield
+
+    def _create_plan(self, plan: Plan) -> None:
+        """Write the plan, unless another job has been first."""
+        if self.local:
+            if self.read_json(PLAN) is None:
+                self.write_json(PLAN, asdict(plan))
+            return
+        try:
+            self.fs.pipe_file(
+                f"{self.path}/{PLAN}", json.dumps(asdict(plan)).encode(), mode="create"
+            )
+        except OSError as error:
+            if self.read_json(PLAN) is None:
+                raise self._unwritable(error) from error
 
     def finished(self) -> dict[int, dict[str, Any]]:
         """Index to counts of every finished shard whose file is there."""
@@ -193,27 +240,30 @@ class OutputFolder:
             for name in self._names(DONE)
             if not name.startswith(".") and f"part-{name.removesuffix('.json')}.parquet" in parts
         ]
-        # Many small files: a remote file system reads them side by side.
-        contents = self.fs.cat(markers) if markers else {}
+        # Many small files: a remote file system reads them side by side. Unlike `cat`, this takes
+        # no name for a glob.
+        contents = self.fs.cat_ranges(markers, None, None, on_error="raise") if markers else []
         return {
             int(path.rsplit("/", 1)[-1].removesuffix(".json")): json.loads(text)
-            for path, text in sorted(contents.items())
+            for path, text in sorted(zip(markers, contents, strict=True))
         }
 
     def _names(self, folder: str) -> list[str]:
+        path = f"{self.path}/{folder}".rstrip("/")
         try:
-            paths = self.fs.ls(f"{self.path}/{folder}".rstrip("/"), detail=False)
+            paths = [found.rstrip("/") for found in self.fs.ls(path, detail=False)]
         except FileNotFoundError:
             return []
-        return [path.rstrip("/").rsplit("/", 1)[-1] for path in paths]
+        # An object store's empty object for the folder is listed in it.
+        return [found.rsplit("/", 1)[-1] for found in paths if found != path]
 
     def remove_scraps(self) -> None:
         """Remove what writers that were killed have left behind."""
         if not self.local:
             return
-        root = Path(self.path)
+        root, pattern = Path(self.path), SCRATCH.format(name="*", uuid="[0-9a-f]" * 32)
         for folder in (root, root / DONE, root / ERRORS, root / STATE):
-            for path in folder.glob(".*-*"):
+            for path in folder.glob(pattern):
                 path.unlink(missing_ok=True)
 
     def _refuse_foreign(self) -> None:
@@ -221,6 +271,31 @@ class OutputFolder:
             raise GemError(
                 f"--output {self.url} holds something else ({foreign[0]}); choose another"
             )
+
+    @contextlib.contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """As GemError, whatever a file system raises that cannot be used."""
+        try:
+            yield
+        except GemError:
+            raise
+        except Exception as error:  # Some have errors of their own, for no credentials say.
+            raise GemError(f"--output {self.url} cannot be used: {first_line(error)}") from error
+
+    def _unwritable(self, error: OSError) -> JobError:
+        return JobError(
+            f"{self.url} cannot be written: {first_line(error)}. Mend that, and run the same "
+            "command again to go on"
+        )
+
+
+def _going_on(had: dict[str, Any], has: dict[str, Any]) -> dict[str, Any]:
+    """``had``, with what may change from one run to the next as in ``has``."""
+    options, now = had["options"], has["options"]
+    # Shards that were finished under "fail" have no bad row: under the others they are the same.
+    if options.get("on_error") == "fail" and now.get("on_error") in ("skip", "null"):
+        options = {**options, "on_error": now["on_error"]}
+    return {**had, "options": options}
 
 
 def _differences(had: Any, has: Any, name: str = "") -> Iterator[str]:

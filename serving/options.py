@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import string
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,15 +13,26 @@ from typing import Any
 from gem_vllm.config import GemConfig
 from gem_vllm.errors import GemError
 from gem_vllm.folders import read_json
+from gem_vllm.serving.errors import first_line
 from gem_vllm.serving.vectors import DTYPES, EMBEDDING, SCALE
 
 ON_ERROR = ("fail", "skip", "null")
 ID, GENERATED = "id", "generated"
+# Memory and batches of the engine: what a job that had too little is gone on with.
+FREE_ENGINE_OPTIONS = (
+    "cpu_offload_gb",
+    "gpu_memory_utilization",
+    "kv_cache_memory_bytes",
+    "max_num_batched_tokens",
+    "max_num_seqs",
+)
 
 
 @dataclass(frozen=True)
 class EmbedOptions:
     """A batch job: what to embed with which checkpoint, and how to write it.
+
+    Local paths become absolute: the job's processes have working directories of their own.
 
     Attributes:
         model: folder of a GEM checkpoint, the same on every node.
@@ -48,6 +61,11 @@ class EmbedOptions:
     generate: str | None = None
     max_tokens: int = 128
     rows_per_shard: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model", Path(self.model).absolute())
+        object.__setattr__(self, "input", _absolute(self.input))
+        object.__setattr__(self, "output", _absolute(self.output))
 
     def check(self) -> None:
         """Raise GemError, in one line, for what cannot work."""
@@ -79,9 +97,11 @@ class EmbedOptions:
             return ()
         try:
             names = [name for _, name, _, _ in string.Formatter().parse(self.generate) if name]
-        except ValueError as error:
+            self.generate.format(**dict.fromkeys(names, _AnyValue()))
+        except (ValueError, LookupError, AttributeError) as error:
             raise GemError(
-                f"--generate {self.generate!r}: {error}; write a brace of the text twice"
+                f"--generate {self.generate!r}: {first_line(error)}; name a column in its "
+                "braces, and write a brace of the text twice"
             ) from error
         if not names:
             raise GemError(
@@ -114,7 +134,8 @@ class ReplicaOptions:
     Attributes:
         min_replicas: kept running.
         max_replicas: started where there is room and work.
-        cpus: cores of a replica; None for all of this machine's, shared by `max_replicas`.
+        cpus: cores of a replica; None for all that there are, shared by `max_replicas`, and no
+            more than the largest node has.
         tensor_parallel: GPUs, or CPU worker processes, that share a replica's model.
         engine: further options of vLLM's engine (`EngineArgs`).
         ray_address: of a running cluster; None for one on this machine, for this job.
@@ -140,6 +161,22 @@ class ReplicaOptions:
             raise GemError(f"--tensor-parallel-size is {self.tensor_parallel}; give 1 or more")
         if "model" in self.engine:
             raise GemError("--engine names a model; give it as --model")
+
+    def decisive(self) -> dict[str, Any]:
+        """As `EmbedOptions.decisive`: the engine's options but `FREE_ENGINE_OPTIONS`, as JSON."""
+        engine = {k: v for k, v in self.engine.items() if k not in FREE_ENGINE_OPTIONS}
+        return {f"engine {k}": v for k, v in json.loads(json.dumps(engine, default=str)).items()}
+
+
+class _AnyValue:
+    """Has every format, as values of unknown types may have; nothing else."""
+
+    def __format__(self, spec: str) -> str:
+        return spec
+
+
+def _absolute(path: str) -> str:
+    return path if "://" in path or "::" in path else os.path.abspath(path)
 
 
 def embedding_size(model: Path) -> int:

@@ -27,15 +27,17 @@ RESTARTS, CALL_RETRIES = 3, -1
 
 @contextmanager
 def ray_cluster(replicas: ReplicaOptions) -> Iterator[None]:
-    """Ray, of this job's own unless one is running here or an address is given."""
+    """Ray, of this job's own unless an address is given or this process is connected already."""
     if ray.is_initialized():
         yield
         return
+    # Without "local" it would be whichever Ray the environment or `ray start` has named.
+    address = replicas.ray_address or "local"
     try:
         with _own_sigterm_handler():
-            ray.init(address=replicas.ray_address, log_to_driver=False, logging_level=logging.ERROR)
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise GemError(f"--ray-address {replicas.ray_address}: {error}") from error
+        raise GemError(f"--ray-address {address}: {error}") from error
     try:
         yield
     finally:
@@ -105,7 +107,6 @@ def engine_needs(
     replicas: ReplicaOptions,
 ) -> tuple[tuple[float, float], dict[str, str], dict[str, Any]]:
     """CPUs and GPUs, the environment and the engine's options of an actor."""
-    cluster = ray.cluster_resources()
     engine = dict(replicas.engine)
     if replicas.tensor_parallel > 1:
         engine |= {
@@ -125,6 +126,12 @@ def engine_needs(
     alone = replicas.max_replicas == replicas.tensor_parallel == 1
     bound_to = served.get("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     environment["VLLM_CPU_OMP_THREADS_BIND"] = bound_to if alone else "nobind"
-    cpus = replicas.cpus or max(1, int(cluster.get("CPU", 1)) // replicas.max_replicas)
+    cpus = replicas.cpus or _share_of_cpus(replicas.max_replicas)
     environment["OMP_NUM_THREADS"] = str(max(1, int(cpus) // replicas.tensor_parallel))
     return (cpus, 0), environment, engine
+
+
+def _share_of_cpus(replicas: int) -> int:
+    """Of all nodes' CPUs, what each of so many replicas gets: no more than some node has."""
+    nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    return max(1, min(sum(nodes) // replicas, max(nodes, default=1)))

@@ -48,6 +48,8 @@ class EmbedProcessorConfig:
     replicas: ReplicaOptions = field(default_factory=ReplicaOptions)
 
     def __post_init__(self) -> None:
+        # An actor has a working directory of its own.
+        object.__setattr__(self, "model", Path(self.model).absolute())
         self.replicas.check()
         size = embedding_size(Path(self.model))
         if self.dimensions is not None and not 1 <= self.dimensions <= size:
@@ -93,7 +95,7 @@ class RowEmbedder:
         with self._starting:
             if self._engine is None:
                 self._engine = EngineThread(
-                    Path(config.model).absolute(), self._options, config.dimensions, max_tokens=1
+                    Path(config.model), self._options, config.dimensions, max_tokens=1
                 )
         texts = batch[config.text_column].tolist()
         for text in texts:

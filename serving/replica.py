@@ -133,14 +133,17 @@ class Replica:
             )
 
     def _write_errors(self, shard: Shard, counts: _Counts) -> None:
+        name = f"{ERRORS}/{shard.name}.parquet"
         if not counts.errors:
+            # An attempt that ended before its marker may have left some.
+            self._output.remove(name)
             return
         columns = zip(*counts.errors, strict=True)
         arrays = [
             pa.array(column, field.type)
             for column, field in zip(columns, ERROR_SCHEMA, strict=True)
         ]
-        with self._output.writing(f"{ERRORS}/{shard.name}.parquet") as path:
+        with self._output.writing(name) as path:
             pq.write_table(pa.Table.from_arrays(arrays, schema=ERROR_SCHEMA), path)
 
     def _tables(self, shard: Shard, file: InputFile, counts: _Counts) -> Iterator[pa.Table]:
@@ -227,8 +230,8 @@ class Replica:
             row, id_ = chunk.start + i, ids[i].as_py()
             if self._options.on_error == "fail":
                 raise JobError(
-                    f"{file.url} row {row}: {problem}. Mend the row, or choose --on-error skip "
-                    "or null"
+                    f"{file.url} row {row}: {problem}. Go on with --on-error skip or null; or "
+                    "mend the row, and begin anew with another --output"
                 )
             counts.errors.append((file.url, row, None if id_ is None else str(id_), problem))
         counts.reported += len(chunk.problems)

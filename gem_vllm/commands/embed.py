@@ -81,9 +81,9 @@ def embed(
     from gem_vllm.serving.options import EmbedOptions, ReplicaOptions
 
     options = EmbedOptions(
-        model=model.absolute(),
-        input=_absolute(input),
-        output=_absolute(output),
+        model=model,
+        input=input,
+        output=output,
         text_column=text_column,
         id_column=id_column,
         keep=tuple(keep or ()),
@@ -117,10 +117,6 @@ def embed(
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
     typer.echo(json.dumps(summary))
-
-
-def _absolute(path: str) -> str:
-    return path if "://" in path or "::" in path else str(Path(path).absolute())
 
 
 class _Progress:

@@ -23,7 +23,7 @@ from gem_vllm.plugin import step as gem_step
 NAME = "gem_last_mlp"
 
 if TYPE_CHECKING:
-    _MLP = nn.Module
+    _MLP = Any
 else:
     _MLP = object
 

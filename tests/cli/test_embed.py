@@ -51,6 +51,8 @@ def run(
         ({"on_error": "ignore"}, "--on-error is 'ignore'"),
         ({"generate": "Summarise."}, "names no column"),
         ({"generate": "Summarise {text"}, "write a brace of the text twice"),
+        ({"generate": "Summarise {} {text}"}, "name a column in its braces"),
+        ({"generate": "Summarise {text:{width}}"}, "name a column in its braces"),
         ({"generate": "Summarise {body}"}, "has no column 'body'"),
         ({"max_tokens": "0"}, "--max-tokens is 0"),
         ({"rows_per_shard": "0"}, "--rows-per-shard is 0"),
@@ -70,6 +72,14 @@ def test_what_cannot_work_is_one_line_and_status_2(
     assert code == 2
     assert message in printed.splitlines()[-1]
     assert printed.splitlines()[-1].startswith("error: ")
+
+
+@pytest.mark.parametrize(("spec", "output"), [("", "out"), ("/**", "x/../out")])
+def test_an_output_within_the_input_is_refused(
+    spec: str, output: str, run: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    code, printed = run(input=f"{tmp_path}{spec}", output=f"{tmp_path}/{output}")
+    assert (code, "what is written would be read" in printed) == (2, True)
 
 
 def test_a_base_model_is_refused(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,17 @@ def test_any_range_of_rows(numbered: Path, start: int, stop: int) -> None:
     assert all(len(chunk) <= CHUNK_ROWS and not chunk.problems for chunk in chunks)
 
 
+@pytest.mark.parametrize("numbered", ["jsonl", "jsonl.gz"], indirect=True)
+def test_rows_of_other_shards_are_not_parsed(
+    numbered: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (file,) = list_files(str(numbered))
+    parsed = []
+    monkeypatch.setattr(json, "loads", lambda line: parsed.append(line) or {})
+    list(read_rows(file, 1200, 1250, {"text": pa.string()}, "text"))
+    assert len(parsed) == 50
+
+
 def test_other_columns_keep_their_types(numbered: Path) -> None:
     if ".txt" in numbered.name:
         with pytest.raises(GemError, match="no column 'n'; its columns are: text"):
@@ -73,6 +85,9 @@ def test_other_columns_keep_their_types(numbered: Path) -> None:
 def test_a_data_set_saved_by_datasets(tmp_path: Path) -> None:
     rows = [f"text {i}" for i in range(2500)]
     Dataset.from_dict({"text": rows}).save_to_disk(tmp_path / "saved", num_shards=3)
+    # What `map` keeps there has the rows once more.
+    for name in ("cache-0123.arrow", "rest.arrow"):
+        shutil.copy(next((tmp_path / "saved").glob("data-*")), tmp_path / "saved" / name)
     files = list_files(str(tmp_path / "saved"))
     counts = [count_rows(file) for file in files]
     types = column_types(files, ["text"])
@@ -194,6 +209,7 @@ def test_folders_globs_and_what_they_leave_out(tmp_path: Path) -> None:
     for name in ("b.txt", "sub/a.txt", "_gem/c.txt", ".hidden.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x\n")
+    (tmp_path / "cache-0123.arrow").touch()
     names = [Path(file.url).name for file in list_files(str(tmp_path))]
     assert names == ["b.txt", "a.txt"]
     assert [Path(f.url).name for f in list_files(f"{tmp_path}/*.txt")] == [".hidden.txt", "b.txt"]
@@ -217,6 +233,31 @@ def test_what_cannot_be_read_is_refused(
         (tmp_path / name).write_text("x\n")
     with pytest.raises(GemError, match=message):
         list_files(spec if "://" in spec else str(tmp_path / spec))
+
+
+def test_a_name_with_the_characters_of_a_glob(tmp_path: Path) -> None:
+    (tmp_path / "in[1].txt").write_text("x\n")
+    assert texts(read_all(tmp_path / "in[1].txt", ["text"])) == [b"x"]
+
+
+def test_an_object_store_as_it_lists_and_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Empty objects that stand for folders; errors that are no OSError; versions by other names."""
+    store = fsspec.filesystem("memory")
+    store.pipe("/listed/a.txt", b"x")
+    monkeypatch.setattr(type(store), "find", lambda *_: ["/listed/", "/listed/a.txt"])
+    info = {"name": "/listed/a.txt", "size": 1, "etag": "v1"}
+    monkeypatch.setattr(type(store), "info", lambda *_: info)
+    monkeypatch.setattr(type(store), "isdir", lambda *_: True)
+    assert [(f.url, f.mark) for f in list_files("memory://listed")] == [
+        ("memory:///listed/a.txt", "v1")
+    ]
+
+    def refuse(*_: object) -> None:
+        raise LookupError("no credentials\nwere found")
+
+    monkeypatch.setattr(type(store), "isdir", refuse)
+    with pytest.raises(GemError, match=r"--input memory://listed cannot be read: no credentials$"):
+        list_files("memory://listed")
 
 
 def test_a_file_that_is_no_parquet_is_refused(tmp_path: Path) -> None:

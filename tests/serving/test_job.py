@@ -112,16 +112,20 @@ def test_bad_rows_are_reported_and_the_counts_add_up(
 def test_the_first_bad_row_ends_a_job_that_may_not_have_any(model: Path, tmp_path: Path) -> None:
     (tmp_path / "in.txt").write_text("one\n\nthree\n")
     options = EmbedOptions(model=model, input=str(tmp_path / "in.txt"), output=str(tmp_path / "o"))
-    with pytest.raises(JobError, match=r"in.txt row 1: the text is empty. Mend the row"):
+    with pytest.raises(JobError, match=r"in.txt row 1: the text is empty. Go on with --on-error"):
         run_embed_job(options, REPLICAS)
     assert not list(Path(options.output).glob("part-*"))
+    summary = run_embed_job(replace(options, on_error="skip"), REPLICAS)
+    assert (summary["rows_embedded"], summary["rows_reported"]) == (2, 1)
 
 
 @pytest.mark.usefixtures("cluster")
 def test_a_file_that_ends_too_early_is_refused_at_the_start(model: Path, tmp_path: Path) -> None:
     data = gzip.compress(b"a river\n" * 1000)
     (tmp_path / "in.txt.gz").write_bytes(data[:-10])
-    options = EmbedOptions(model=model, input=str(tmp_path), output=str(tmp_path / "out"))
+    options = EmbedOptions(
+        model=model, input=str(tmp_path / "in.txt.gz"), output=str(tmp_path / "out")
+    )
     with pytest.raises(GemError, match=r"^\S*in.txt.gz cannot be read: [^\n]*$"):
         run_embed_job(options, REPLICAS)
     assert not Path(options.output).exists()

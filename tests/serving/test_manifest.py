@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,9 @@ from gem_vllm.errors import GemError
 from gem_vllm.serving.inputs import InputFile
 from gem_vllm.serving.manifest import (
     DONE,
+    PLAN,
     OutputFolder,
+    Plan,
     fingerprint,
     make_plan,
 )
@@ -21,8 +24,13 @@ FILES = [InputFile("a.txt", 10, "1"), InputFile("b.txt", 0, "1"), InputFile("c.t
 BOUND = {"input": "i", "checkpoint": "c", "options": {"dtype": "float32", "keep": []}}
 
 
-def plan_of(rows_per_shard: int = 4):
+def plan_of(rows_per_shard: int = 4) -> Plan:
     return make_plan(BOUND, FILES, [10, 0, 4], rows_per_shard)
+
+
+def opened(folder: OutputFolder, bound: dict = BOUND, rows_per_shard: int = 4) -> Plan:
+    with folder.open_plan(bound, lambda: replace(plan_of(rows_per_shard), bound=bound)) as plan:
+        return plan
 
 
 def test_shards_hold_every_row_once() -> None:
@@ -38,8 +46,8 @@ def test_shards_hold_every_row_once() -> None:
 
 def test_a_folder_goes_on_with_its_own_plan(tmp_path: Path) -> None:
     folder = OutputFolder(str(tmp_path / "out"))
-    plan = folder.open_plan(BOUND, plan_of)
-    assert OutputFolder(str(tmp_path / "out")).open_plan(BOUND, lambda: plan_of(2)) == plan
+    plan = opened(folder)
+    assert opened(OutputFolder(str(tmp_path / "out")), BOUND, 2) == plan
 
 
 @pytest.mark.parametrize(
@@ -55,20 +63,79 @@ def test_another_job_is_refused_with_what_differs(
     change: dict, message: str, tmp_path: Path
 ) -> None:
     folder = OutputFolder(str(tmp_path))
-    folder.open_plan(BOUND, plan_of)
+    opened(folder)
     with pytest.raises(GemError, match=message):
-        folder.open_plan(BOUND | change, plan_of)
+        opened(folder, BOUND | change)
+
+
+@pytest.mark.parametrize(("had", "has"), [("fail", "skip"), ("fail", "null"), ("skip", "fail")])
+def test_only_a_job_without_bad_rows_goes_on_by_another_rule_for_them(
+    had: str, has: str, tmp_path: Path
+) -> None:
+    before, after = ({**BOUND, "options": {"on_error": rule}} for rule in (had, has))
+    opened(OutputFolder(str(tmp_path)), before)
+    if had == "skip":
+        with pytest.raises(GemError, match="on_error was 'skip', is 'fail'"):
+            opened(OutputFolder(str(tmp_path)), after)
+    else:
+        assert opened(OutputFolder(str(tmp_path)), after).bound == after
+        with pytest.raises(GemError, match=f"on_error was '{has}', is 'fail'"):
+            opened(OutputFolder(str(tmp_path)), before)
+
+
+def test_a_folder_is_one_jobs_at_a_time(tmp_path: Path) -> None:
+    folder = OutputFolder(str(tmp_path / "out"))
+    with (
+        folder.open_plan(BOUND, plan_of),
+        pytest.raises(GemError, match="another job is at work in"),
+    ):
+        opened(OutputFolder(str(tmp_path / "out")))
+    assert opened(OutputFolder(str(tmp_path / "out"))) == plan_of()
+
+
+@pytest.mark.parametrize("url", ["{tmp}/out", "memory://first-{name}"])
+def test_of_two_jobs_that_begin_at_once_the_first_has_the_folder(url: str, tmp_path: Path) -> None:
+    folder = OutputFolder(url.format(tmp=tmp_path, name=tmp_path.name))
+    other = {**BOUND, "checkpoint": "d"}
+
+    def plan_meanwhile() -> Plan:
+        opened(OutputFolder(folder.url), BOUND)
+        return replace(plan_of(2), bound=other)
+
+    with (
+        pytest.raises(GemError, match="the checkpoint is another"),
+        folder.open_plan(other, plan_meanwhile),
+    ):
+        pass
+    assert json.loads(folder.fs.cat_file(f"{folder.path}/{PLAN}"))["bound"] == BOUND
+
+
+def test_an_output_that_cannot_be_looked_into_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = OutputFolder("memory://refused")
+
+    def refuse(*_: object) -> None:
+        raise LookupError("no credentials")
+
+    monkeypatch.setattr(type(folder.fs), "isfile", refuse)
+    with pytest.raises(GemError, match="--output memory://refused cannot be used: no credentials"):
+        opened(folder)
+
+
+def test_an_object_that_stands_for_the_folder_is_not_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = OutputFolder("memory://marked")
+    monkeypatch.setattr(type(folder.fs), "ls", lambda *_, **__: ["/marked/", "/marked/_gem"])
+    assert opened(folder) == plan_of()
 
 
 def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "precious.parquet").write_text("x")
     with pytest.raises(GemError, match=r"holds something else \(precious.parquet\)"):
-        OutputFolder(str(tmp_path)).open_plan(BOUND, plan_of)
+        opened(OutputFolder(str(tmp_path)))
     with pytest.raises(GemError, match="is a file"):
-        OutputFolder(str(tmp_path / "precious.parquet")).open_plan(BOUND, plan_of)
+        opened(OutputFolder(str(tmp_path / "precious.parquet")))
 
 
-@pytest.mark.parametrize("url", ["{tmp}/out", "memory://out-{name}"])
+@pytest.mark.parametrize("url", ["{tmp}/out", "{tmp}/out[a]", "memory://out-{name}"])
 def test_files_are_written_whole_or_not_at_all(url: str, tmp_path: Path) -> None:
     folder = OutputFolder(url.format(tmp=tmp_path, name=tmp_path.name))
     folder.write_json("part-00003.parquet", "rows")
@@ -86,10 +153,15 @@ def test_files_are_written_whole_or_not_at_all(url: str, tmp_path: Path) -> None
 def test_scraps_of_killed_writers_are_removed(tmp_path: Path) -> None:
     folder = OutputFolder(str(tmp_path))
     folder.write_json(f"{DONE}/00000.json", {})
-    (tmp_path / ".part-00001.parquet-0123").write_text("half")
-    (tmp_path / DONE / ".00001.json-0123").write_text("{")
+    with folder.writing("part-00001.parquet") as path:
+        Path(path).touch()
+        scraps = [tmp_path / Path(path).name, tmp_path / DONE / Path(path).name]
+    for path in (*scraps, tmp_path / ".not-ours"):
+        path.write_text("half")
+    folder.remove("part-00001.parquet")
     folder.remove_scraps()
-    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["00000.json"]
+    left = sorted(path.name for path in tmp_path.rglob("*") if path.is_file())
+    assert left == [".not-ours", "00000.json"]
 
 
 def test_the_fingerprint_sees_every_change() -> None:

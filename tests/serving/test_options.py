@@ -1,0 +1,29 @@
+"""What a job is asked for, as its processes and its next run see it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gem_vllm.serving.options import EmbedOptions, ReplicaOptions
+from gem_vllm.serving.processor import EmbedProcessorConfig
+
+
+def test_local_paths_are_absolute(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = EmbedOptions(model="x", input="a/../in.txt", output="s3://out")  # type: ignore
+    asked = (options.model, options.input, options.output)
+    assert asked == (tmp_path / "x", f"{tmp_path}/in.txt", "s3://out")
+    model = tiny_checkpoint("llama", k=2)
+    monkeypatch.chdir(model.parent)
+    assert EmbedProcessorConfig(model=model.name).model == model
+
+
+def test_what_is_bound_of_the_engine() -> None:
+    engine = {"dtype": "float32", "max_num_seqs": 8, "download_dir": Path("x")}
+    bound = {"engine dtype": "float32", "engine download_dir": "x"}
+    assert ReplicaOptions(engine=engine).decisive() == bound
