@@ -54,14 +54,19 @@ def check_writable(folder: Path, *, weight_bytes: int = 0) -> None:
     """Check, before long work, that `written_whole` can write ``folder``.
 
     Raises:
-        GemError: ``folder`` is neither new nor empty nor a GEM checkpoint or adapter, or its disk
-            has less room than ``weight_bytes`` and a little more.
+        GemError: ``folder`` is neither new nor empty nor a GEM checkpoint or adapter, nothing can
+            be renamed to it, or its disk has less room than ``weight_bytes`` and a little more.
     """
+    folder = folder.absolute()
+    if os.path.ismount(folder):
+        raise GemError(f"{folder} is mounted, so it cannot be replaced; name a folder inside it")
+    existing = next(path for path in folder.parents if os.path.exists(path))
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise GemError(f"nothing can be written in {existing}; choose another folder")
     if folder.exists() and not folder.is_dir():
         raise GemError(f"{folder} is a file; name a folder to write")
     if folder.exists() and (foreign := _foreign(folder)):
         raise GemError(f"{folder} holds something else ({foreign}); choose another folder")
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     need, free = weight_bytes + _SPARE_BYTES, shutil.disk_usage(existing).free
     if free < need:
         raise GemError(
@@ -124,3 +129,10 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def refuse_inside(out: Path, *sources: Path) -> None:
+    """GemError where ``out`` is one of the folders that are read for it, or is in one."""
+    for source in sources:
+        if out.resolve().is_relative_to(source.resolve()):
+            raise GemError(f"--out {out} is in {source}, which is read; choose a folder beside it")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,10 @@ from gem_vllm.weights import weights_size
 MODULES_FILE = "modules.json"
 CONFIG_FILE = "config_sentence_transformers.json"
 
+# A pass switches a model's adapter and its kind of attention on and off: threads take turns. Of the
+# module, not of a model: `encode_multi_process` pickles models.
+_COMPUTING = threading.Lock()
+
 
 class GemModule(InputModule):
     """The one module of such a model: texts in, pooled and normalised special tokens out.
@@ -41,8 +46,8 @@ class GemModule(InputModule):
         self.folder = folder
         model, self.tokenizer, self.gem_config = load_checkpoint(folder, dtype=dtype)
         self.model = embedding_model(model, self.gem_config).to(dtype)
-        self.max_seq_length = self.model.config.max_position_embeddings - len(
-            self.gem_config.appended_ids
+        self.max_seq_length = self.gem_config.max_text_tokens(
+            self.model.config.max_position_embeddings
         )
 
     def preprocess(
@@ -65,7 +70,8 @@ class GemModule(InputModule):
     def forward(self, features: dict[str, torch.Tensor], **kwargs: Any) -> dict[str, torch.Tensor]:
         """Adds ``sentence_embedding``: float32 [n, d], of norm 1."""
         lengths = features["attention_mask"].sum(dim=1)
-        hidden = self.model.special_states(features["input_ids"], lengths)
+        with _COMPUTING:
+            hidden = self.model.special_states(features["input_ids"], lengths)
         return {**features, "sentence_embedding": pool(hidden, self.gem_config.pooling)}
 
     def get_embedding_dimension(self) -> int:

@@ -62,8 +62,7 @@ class AdapterModel(GemTrainingModel):
         position = torch.arange(token_ids.shape[1], device=token_ids.device)
         computed[rows] = predicting[rows] & (position >= ends[:, None] - 1)
         if not len(rows):
-            none = torch.zeros(0, self.config.hidden_size, dtype=self.base.dtype)
-            return none.to(token_ids.device), computed
+            return self._special_embeds()[:0], computed  # nothing, but with a gradient (of zero)
 
         prefixes = token_ids[rows, : int(starts.max())]
         cache = self.prefix_pass(prefixes, starts)

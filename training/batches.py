@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,20 @@ from gem_vllm.training.data import TextSource, shuffled
 from gem_vllm.training.losses import alpha_at
 from gem_vllm.training.options import TrainOptions
 from gem_vllm.training.pairs import PairSource
-from gem_vllm.training.positives import MIN_SPAN_TOKENS, cloze_pair, dropout_pair, span_pair
+from gem_vllm.training.positives import (
+    MIN_SPAN_TOKENS,
+    cloze_pair,
+    dropout_pair,
+    shared_texts,
+    span_pair,
+)
 from gem_vllm.training.sequences import Template, mixed_sequence, pad
 
 TOKENIZE_AT_ONCE = 256
 NEGATIVES_PER_PAIR = 4
+
+# Token ids of texts (an anchor, a positive, negatives), and the rows that are made of them.
+_Drawn = tuple[list[list[int]], list[list[int]]]
 
 
 class TrainBatches(IterableDataset):
@@ -30,8 +39,9 @@ class TrainBatches(IterableDataset):
     A batch is a dict: ``alpha`` (float32 scalar); where alpha > 0, ``cl_ids`` int64 [2N + M, T] and
     ``cl_lengths`` [2N + M], N anchors, their N positives, and M negatives of labelled pairs;
     ``cl_pairs`` is N; with ``masks`` also ``cl_seen``, bool [2N, T], the tokens of a text that the
-    special tokens behind it are to see; where alpha < 1, ``ntp_ids`` and ``ntp_lengths``, N rows of
-    mixed next-token prediction. Rows are right-padded.
+    special tokens behind it are to see; where texts repeat, ``cl_repeats``, bool [N, N + M], what
+    else is of a pair's own texts, and so not among its negatives; where alpha < 1, ``ntp_ids`` and
+    ``ntp_lengths``, N rows of mixed next-token prediction. Rows are right-padded.
 
     Several sources take turns, one batch each. ``mix`` takes shares of its batches from the first
     source, as spans and as cloze pairs, and the others from the last, with dropout, evenly spread.
@@ -58,12 +68,14 @@ class TrainBatches(IterableDataset):
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         options = self.options
         streams = [self._contents(index) for index in range(len(self.sources))]
-        turns, pairs, pairs_taken = self._turns(), self._labelled(), 0
+        turns, pairs = self._turns(), self._labelled()
+        contrastive = pairs_taken = 0
         for step in range(options.steps):
             rng = random.Random(f"{options.seed}/{step}")
             alpha = self._alpha(step)
-            labelled: list[list[list[int]]] = []
-            if alpha > 0.0 and self.pairs and options.pairs_share * (step + 1) > pairs_taken:
+            contrastive += alpha > 0.0
+            labelled: list[_Drawn] = []
+            if alpha > 0.0 and self.pairs and options.pairs_share * contrastive > pairs_taken:
                 labelled = [next(pairs) for _ in range(options.batch_size)]
                 pairs_taken += 1
             contents: list[list[int]] = []
@@ -74,8 +86,14 @@ class TrainBatches(IterableDataset):
                 continue
             batch = {"alpha": torch.tensor(alpha)}
             if alpha > 0.0:
-                rows = labelled or [self._pair(content, kind, rng) for content in contents]
+                drawn = labelled or [
+                    ([content, content], self._pair(content, kind, rng)) for content in contents
+                ]
+                texts, rows = zip(*drawn, strict=True)
                 batch |= self._contrastive(rows[self._own])
+                repeats = shared_texts(texts)
+                if repeats.any():
+                    batch["cl_repeats"] = repeats[self._own]
                 if not labelled and kind == "masks":
                     batch["cl_seen"] = self._seen(rows, f"{options.seed}/{step}")
             if alpha < 1.0:
@@ -95,6 +113,13 @@ class TrainBatches(IterableDataset):
                 f"--batch-size {self.options.batch_size} does not go into equal parts for "
                 f"{peers.count()} processes"
             )
+        if self.max_content < MIN_SPAN_TOKENS:
+            missing = MIN_SPAN_TOKENS - self.max_content
+            raise GemError(
+                f"--max-tokens must be at least {self.options.max_tokens + missing}: --instruction "
+                f"takes {len(self.template.instruction)} tokens, and a text {MIN_SPAN_TOKENS} or "
+                "more; or give a shorter instruction"
+            )
         for index, source in enumerate(self.sources):
             source.check()
             stream = self._contents(index)
@@ -102,7 +127,9 @@ class TrainBatches(IterableDataset):
                 next(stream)
         if self.pairs:
             self.pairs.check()
-            next(self._labelled())
+            labelled = self._labelled()
+            for _ in range(self.options.batch_size):
+                next(labelled)
 
     def _alpha(self, step: int) -> float:
         options = self.options
@@ -151,28 +178,34 @@ class TrainBatches(IterableDataset):
         if chunk:
             yield from self.tokenizer(chunk, add_special_tokens=False)["input_ids"]
 
-    def _labelled(self) -> Iterator[list[list[int]]]:
-        """Token ids of labelled pairs, each with some of its negatives, for ever."""
+    def _labelled(self) -> Iterator[_Drawn]:
+        """Labelled pairs, each with some of its negatives, for ever."""
         epoch = 0
         while self.pairs:
             rng = random.Random(f"{self.options.seed}/pairs/{epoch}")
+            count = 0
             for pair in shuffled(self.pairs, rng):
+                count += 1
                 kept = rng.sample(pair.negatives, min(len(pair.negatives), NEGATIVES_PER_PAIR))
                 texts = [pair.anchor, pair.positive or pair.anchor, *kept]
                 ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
-                rows = [row[: self.max_content] for row in ids]
-                if pair.positive is None:
-                    rows[:2] = self._pair(rows[0], "dropout", rng)
-                yield rows
+                ids = [row[: self.max_content] for row in ids]
+                made = self._pair(ids[0], "dropout", rng) if pair.positive is None else ids[:2]
+                yield ids, [*made, *ids[2:]]
+            if count < self.options.batch_size:
+                raise GemError(
+                    f"--pairs {self.pairs.file} holds {count} pairs; a batch needs "
+                    f"{self.options.batch_size}: give more pairs, or a smaller --batch-size"
+                )
             epoch += 1
 
-    def _contrastive(self, pairs: list[list[list[int]]]) -> dict[str, torch.Tensor]:
+    def _contrastive(self, pairs: Sequence[list[list[int]]]) -> dict[str, torch.Tensor]:
         rows = [pair[side] for side in (0, 1) for pair in pairs]
         rows += [negative for pair in pairs for negative in pair[2:]]
         ids, lengths = pad([self.template.wrap_to_embed(row) for row in rows])
         return {"cl_ids": ids, "cl_lengths": lengths, "cl_pairs": torch.tensor(len(pairs))}
 
-    def _seen(self, pairs: list[list[list[int]]], seed: str) -> torch.Tensor:
+    def _seen(self, pairs: Sequence[list[list[int]]], seed: str) -> torch.Tensor:
         """Two masks of each text: a share of its tokens hidden, the first one (a BOS) never.
 
         Nor is an instruction.

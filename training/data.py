@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import random
 import zlib
@@ -51,14 +52,21 @@ class TextSource:
 
         name, _, split = self.spec.partition(":")
         try:
-            rows = load_dataset(name, split=split or "train", streaming=True)
+            rows = iter(load_dataset(name, split=split or "train", streaming=True))
         except Exception as error:
             raise GemError(
                 f"--data {self.spec} is no file, and no dataset that loads (NAME or NAME:SPLIT): "
                 f"{_first_line(error)}"
             ) from error
-        for number, row in enumerate(rows):
-            if text := _text_of(row, self.field, f"{self.spec}, row {number}"):
+        for number in itertools.count():
+            where = f"{self.spec}, row {number}"
+            try:
+                row = next(rows, None)
+            except Exception as error:
+                raise GemError(f"--data {where} cannot be read: {_first_line(error)}") from error
+            if row is None:
+                return
+            if text := _text_of(row, self.field, where):
                 yield text
 
 
@@ -72,7 +80,7 @@ def _read_file(path: Path, field: str) -> Iterator[str]:
 
 def is_jsonl(path: Path) -> bool:
     """Whether a file is one of JSON lines, by its name."""
-    return ".jsonl" in path.suffixes[-2:]
+    return path.name.endswith((".jsonl", ".jsonl.gz"))
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
@@ -83,15 +91,26 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
     for number, line in _read_lines(path):
         where = f"{path}, line {number}"
         try:
-            yield where, json.loads(line)
+            yield where, _encodable(json.loads(line))
         except json.JSONDecodeError as error:
             raise GemError(f"{where}: not a JSON object: {error}") from error
 
 
+def _encodable(value: Any) -> Any:
+    """A value of JSON with ``?`` for each lone surrogate, which no tokenizer takes."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, list):
+        return [_encodable(each) for each in value]
+    if isinstance(value, dict):
+        return {_encodable(name): _encodable(each) for name, each in value.items()}
+    return value
+
+
 def open_text(path: Path, mode: Literal["r", "w"] = "r") -> IO[str]:
-    """A file of UTF-8 text, also .gz."""
+    """A file of UTF-8 text, also .gz; a mark of the byte order at its start is passed over."""
     opener: Callable[..., Any] = gzip.open if path.name.endswith(".gz") else open
-    return opener(path, f"{mode}t", encoding="utf-8")
+    return opener(path, f"{mode}t", encoding="utf-8-sig" if mode == "r" else "utf-8")
 
 
 def _read_lines(path: Path) -> Iterator[tuple[int, str]]:

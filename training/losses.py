@@ -34,23 +34,31 @@ def info_nce(
     *,
     symmetric: bool,
     negatives: torch.Tensor | None = None,
+    repeats: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """InfoNCE over a batch: row i's positive is row i, every other row is a negative.
 
     anchors, positives: [N, d], float32, L2-normalised; negatives: [M, d], further ones for all
-    anchors. log_temperature: scalar lambda, clamped to
-    [0, log 100]; the similarity is the cosine times exp(lambda). ``symmetric`` averages both
-    directions (ours); otherwise anchors look for their positives (the paper). Returns a scalar: the
-    mean over this process's rows, among those of all processes (`peers`).
+    anchors. log_temperature: scalar lambda, clamped to [0, log 100]; the similarity is the cosine
+    times exp(lambda). ``symmetric`` averages both directions (ours); otherwise anchors look for
+    their positives (the paper). repeats: bool [N, positives and negatives of all processes], what
+    is no negative of a row (`positives.shared_texts`). Returns a scalar: the mean over this
+    process's rows, among those of all processes (`peers`).
     """
     scale = log_temperature.clamp(0.0, MAX_LOG_TEMPERATURE).exp()
     target = torch.arange(len(anchors), device=anchors.device) + peers.rank() * len(anchors)
     candidates = peers.gather(positives)
     if negatives is not None:
         candidates = torch.cat([candidates, peers.gather(negatives)])
-    loss = F.cross_entropy(scale * anchors @ candidates.T, target)
+    found = scale * anchors @ candidates.T
+    if repeats is not None:
+        found = found.masked_fill(repeats, -torch.inf)
+    loss = F.cross_entropy(found, target)
     if symmetric:
-        loss = 0.5 * (loss + F.cross_entropy(scale * positives @ peers.gather(anchors).T, target))
+        back = scale * positives @ peers.gather(anchors).T
+        if repeats is not None:
+            back = back.masked_fill(repeats[:, : back.shape[1]], -torch.inf)
+        loss = 0.5 * (loss + F.cross_entropy(back, target))
     return loss
 
 

@@ -92,6 +92,7 @@ class GemTrainingModel(nn.Module, ABC):
         ntp_lengths: torch.Tensor | None = None,
         cl_pairs: torch.Tensor | None = None,
         cl_seen: torch.Tensor | None = None,
+        cl_repeats: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """A batch of ``TrainBatches`` to ``loss``, and ``loss_ntp`` and ``loss_cl`` where computed.
 
@@ -114,6 +115,7 @@ class GemTrainingModel(nn.Module, ABC):
                         self.log_temperature,
                         symmetric=self.symmetric,
                         negatives=part[2 * count :],
+                        repeats=cl_repeats,
                     )
                     for part in (leading(pooled, size) for size in (None, *self.matryoshka))
                 ]

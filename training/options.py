@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gem_vllm.config import MAX_SPECIAL_TOKENS
 from gem_vllm.errors import GemError
+from gem_vllm.folders import content_sha256
 from gem_vllm.training.choices import (
     CHOICES,
     AlphaSchedule,
@@ -99,6 +101,7 @@ class TrainOptions:
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
+        object.__setattr__(self, "out", Path(os.path.abspath(self.out)))  # "." has no name
         self._check()
 
     @property
@@ -106,17 +109,25 @@ class TrainOptions:
         """Where the run keeps its checkpoints, logs and options: ``OUT.run``, beside the result."""
         return self.out.with_name(self.out.name + ".run")
 
-    def to_dict(self) -> dict[str, Any]:
-        """The options as JSON-ready values."""
-        values = dataclasses.asdict(self)
-        paths = {"base": str(self.base), "out": str(self.out)}
-        return values | paths | {name: list(getattr(self, name)) for name in ("data", "matryoshka")}
+    def bound(self) -> dict[str, Any]:
+        """What the losses depend on, as JSON-ready values: a run and its resumption share it.
+
+        Files count by what they hold, not by where they are: all of the base and of the data is
+        read, which takes seconds a GB.
+        """
+        values = dataclasses.asdict(self) | {
+            "base": content_sha256(self.base),
+            "data": [_content(spec) for spec in self.data],
+            "pairs": self.pairs and _content(self.pairs),
+            "held_out_pairs": self.held_out_pairs and _content(self.held_out_pairs),
+            "matryoshka": list(self.matryoshka),
+        }
+        return {name: value for name, value in values.items() if name not in FREE_ON_RESUME}
 
     def difference(self, recorded: dict[str, Any]) -> list[str]:
-        """Names of the options in which a recorded run differs so that its losses would, too."""
-        now = self.to_dict()
-        names = (set(now) | set(recorded)) - FREE_ON_RESUME
-        return sorted(name for name in names if now.get(name) != recorded.get(name))
+        """Names of the options in which a run that recorded `bound` differs."""
+        now = self.bound()
+        return [name for name in now if now[name] != recorded.get(name)]
 
     def _check(self) -> None:
         for name, choices in CHOICES.items():
@@ -172,6 +183,11 @@ class TrainOptions:
                 raise GemError(f"{flag(name)} must be greater than 0")
         if self.weight_decay < 0.0:
             raise GemError("--weight-decay must not be negative")
+
+
+def _content(spec: str) -> str:
+    """The hash of a file; a data set's name, as it is."""
+    return content_sha256(Path(spec)) if Path(spec).is_file() else spec
 
 
 def flag(name: str) -> str:

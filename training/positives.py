@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
+
+import torch
 
 MIN_SPAN_TOKENS = 8
 MAX_SPAN_TOKENS = 64
@@ -52,6 +55,22 @@ def cloze_pair(token_ids: list[int], rng: random.Random) -> tuple[list[int], lis
     if rng.random() < LEFT_IN or len(rest) < MIN_SPAN_TOKENS:
         rest = token_ids[first:end]
     return query, rest
+
+
+def shared_texts(pairs: Sequence[list[list[int]]]) -> torch.Tensor:
+    """Which candidates are no negatives for a pair, as it has their text, too.
+
+    pairs: token ids of each one's anchor, positive and negatives. Returns bool [N, N + M]: other
+    pairs with the same anchor or positive, or the one's as the other's, and negatives that are
+    either. Its first N columns are symmetric.
+    """
+    number: dict[tuple[int, ...], int] = {}
+    ids = [[number.setdefault(tuple(text), len(number)) for text in pair] for pair in pairs]
+    sides = torch.tensor([pair[:2] for pair in ids])  # [N, 2]
+    negatives = torch.tensor([text for pair in ids for text in pair[2:]], dtype=torch.int64)
+    same = (sides[:, None, :, None] == sides[:, None, :]).any(dim=3).any(dim=2)
+    same.fill_diagonal_(False)
+    return torch.cat([same, (sides[:, None] == negatives[:, None]).any(dim=2)], dim=1)
 
 
 def _span(token_ids: list[int], rng: random.Random) -> list[int]:

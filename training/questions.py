@@ -13,11 +13,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from gem_vllm.errors import GemError
 from gem_vllm.folders import content_sha256, read_json, write_json
 from gem_vllm.machine import engine_defaults, environment, serve_environment
+from gem_vllm.tokens import load_tokenizer
 from gem_vllm.training.batches import plain_prompt_template
 from gem_vllm.training.data import TextSource
 from gem_vllm.training.pairs import check_pairs_file, write_pairs
@@ -143,7 +144,7 @@ class _Writer:
     def __init__(self, options: QuestionOptions) -> None:
         from vllm import LLM, SamplingParams
 
-        self._tokenizer = AutoTokenizer.from_pretrained(options.base)
+        self._tokenizer = load_tokenizer(options.base)
         self._forms = [
             (self._ids(f"{form.shown}Passage:"), self._ids(f"\n{form.name}:")) for form in FORMS
         ]

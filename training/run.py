@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 import sys
@@ -13,12 +12,13 @@ import torch
 from accelerate import PartialState
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from gem_vllm.checkpoint import add_special_tokens, load_base, save_checkpoint
 from gem_vllm.config import GemConfig
 from gem_vllm.errors import GemError
-from gem_vllm.folders import check_writable
+from gem_vllm.folders import check_writable, read_json, write_json
+from gem_vllm.tokens import load_tokenizer
 from gem_vllm.training.adapter_model import add_adapter
 from gem_vllm.training.batches import TrainBatches
 from gem_vllm.training.dense_model import DenseModel
@@ -32,6 +32,7 @@ from gem_vllm.training.trainer import SPEARMAN, GemTrainer, whole_checkpoints
 from gem_vllm.weights import EMBEDDING, read_tensor, weights_size
 
 OPTIONS_FILE = "options.json"
+FINISHED_FILE = "finished.json"
 
 
 def train(
@@ -45,7 +46,8 @@ def train(
 
     While it runs, its checkpoints and TensorBoard logs are in ``options.run_folder``; the logs stay
     there. ``resume`` continues from the last whole checkpoint, with the same losses as a run that
-    was not interrupted; ``overwrite`` starts anew in place of an earlier result.
+    was not interrupted, and leaves a finished run as it is; ``overwrite`` starts anew in place of
+    an earlier result.
 
     Raises GemError for bad input, before any long work, and for a disk that is full. A
     KeyboardInterrupt passes through; the last checkpoint is whole in either case.
@@ -55,18 +57,23 @@ def train(
     if state.is_main_process:
         _check_folders(options, resume=resume, overwrite=overwrite)
     state.wait_for_everyone()
+    if resume and _is_finished(options):
+        if state.is_main_process:
+            print(f"{options.out}: already finished", file=sys.stderr)
+        return options.out
     trainer, tokenizer, gem_config = make_trainer(options, progress=progress)
-    if state.is_main_process:
-        _start_run(options, resume=resume)
-    state.wait_for_everyone()
-    start = (whole_checkpoints(options.run_folder) or [None])[-1]
-    if start is not None:
-        trainer.train_dataset.start_step = int(start.name.rpartition("-")[2])
     try:
+        if state.is_main_process:
+            _start_run(options, resume=resume)
+        state.wait_for_everyone()
+        start = (whole_checkpoints(options.run_folder) or [None])[-1]
+        if start is not None:
+            trainer.train_dataset.start_step = int(start.name.rpartition("-")[2])
         trainer.train(resume_from_checkpoint=None if start is None else str(start))
         if state.is_main_process:
             _save(trainer, tokenizer, gem_config)
             write_model_card(options.out, options, trainer.state.log_history, commit)
+            write_json(options.run_folder / FINISHED_FILE, {"steps": trainer.state.global_step})
     except (OSError, RuntimeError, SafetensorError) as error:
         if _is_disk_full(error, options.run_folder):
             raise GemError(
@@ -95,7 +102,7 @@ def make_trainer(options: TrainOptions, *, progress: bool = True):
     special_ids = add_special_tokens(model, tokenizer, options.special_tokens)
     # Training text is read by a tokenizer that does not know the special tokens: text never
     # becomes one.
-    plain_tokenizer = AutoTokenizer.from_pretrained(options.base)
+    plain_tokenizer = load_tokenizer(options.base)
     batches = TrainBatches(options, plain_tokenizer, special_ids)
     batches.check()
     held_out = None
@@ -103,18 +110,6 @@ def make_trainer(options: TrainOptions, *, progress: bool = True):
         held_out = HeldOutPairs(
             Path(options.held_out_pairs), plain_tokenizer, batches.template, batches.max_content
         )
-    arguments = training_arguments(options, bf16=dtype == torch.bfloat16)
-    training_model = build_model(model, special_ids, options)
-    if options.shard:
-        shard_base(training_model, options)
-    trainer = GemTrainer(
-        training_model,
-        batches,
-        options,
-        arguments,
-        held_out=held_out,
-        progress=progress,
-    )
     gem_config = GemConfig(
         special_ids,
         options.pooling,
@@ -126,6 +121,17 @@ def make_trainer(options: TrainOptions, *, progress: bool = True):
     size = gem_config.embedding_size(model.config.get_text_config().hidden_size)
     if max(options.matryoshka, default=0) > size:
         raise GemError(f"--matryoshka is over an embedding's size, which is {size} here")
+    training_model = build_model(model, special_ids, options)
+    if options.shard:
+        shard_base(training_model, options)
+    trainer = GemTrainer(
+        training_model,
+        batches,
+        options,
+        training_arguments(options, bf16=dtype == torch.bfloat16),
+        held_out=held_out,
+        progress=progress,
+    )
     return trainer, tokenizer, gem_config
 
 
@@ -232,12 +238,13 @@ def _check_folders(options: TrainOptions, *, resume: bool, overwrite: bool) -> N
             f"{used[0]} is not empty; continue its run with --resume, start anew with --overwrite,"
             " or choose another --out"
         )
-    check_writable(options.out, weight_bytes=weights_size(options.base))
+    if not (resume and _is_finished(options)):
+        check_writable(options.out, weight_bytes=weights_size(options.base))
     recorded = run / OPTIONS_FILE
     if overwrite and run.exists() and not recorded.is_file():
         raise GemError(f"{run} is no folder of a training run; remove it, or choose another --out")
     if resume and recorded.is_file():
-        differs = options.difference(json.loads(recorded.read_text(encoding="utf-8")))
+        differs = options.difference(read_json(recorded))
         if differs:
             flags = ", ".join(flag(name) for name in differs)
             raise GemError(f"--resume needs the options of the run's start; these differ: {flags}")
@@ -249,14 +256,20 @@ def _start_run(options: TrainOptions, *, resume: bool) -> None:
     if run.exists() and not resume:
         shutil.rmtree(run)
     run.mkdir(parents=True, exist_ok=True)
-    record = json.dumps(options.to_dict(), indent=2) + "\n"
-    (run / OPTIONS_FILE).write_text(record, encoding="utf-8")
+    (run / FINISHED_FILE).unlink(missing_ok=True)  # its result is gone
+    if not (run / OPTIONS_FILE).is_file():
+        write_json(run / OPTIONS_FILE, options.bound())
     whole = whole_checkpoints(run)
     for partial in set(run.glob("checkpoint-*")).difference(whole):
         shutil.rmtree(partial)
     if resume:
         where = f"step {whole[-1].name.rpartition('-')[2]}" if whole else "the start"
         print(f"{run}: continuing from {where}", file=sys.stderr)
+
+
+def _is_finished(options: TrainOptions) -> bool:
+    """Whether the run has written its result, and it is still there."""
+    return (options.run_folder / FINISHED_FILE).is_file() and options.out.is_dir()
 
 
 def _is_empty(path: Path) -> bool:

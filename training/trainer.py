@@ -61,6 +61,7 @@ class GemTrainer(Trainer):
         self._bar = LossProgress()
         if progress:
             self.add_callback(self._bar)
+        self.add_callback(ClampTemperature)
         self.add_callback(Intervals)
         if options.patience is not None:
             self.add_callback(StopWhenNoBetter(options.patience))
@@ -125,8 +126,7 @@ class GemTrainer(Trainer):
         if "loss" in logs:
             seconds = time.perf_counter() - self._window_start
             logs |= {name: sum(values) / len(values) for name, values in self._window.items()}
-            log_temperature = float(self.model.log_temperature.detach())
-            logs["temperature"] = math.exp(min(max(log_temperature, 0.0), MAX_LOG_TEMPERATURE))
+            logs["temperature"] = math.exp(float(self.model.log_temperature.detach()))
             tokens = torch.tensor(self._window_tokens, device=self.args.device)
             logs["tokens_per_s"] = int(peers.total(tokens)) / seconds
             self._window, self._window_tokens = {}, 0
@@ -193,6 +193,16 @@ class Intervals(TrainerCallback):
             control.should_evaluate = True
 
 
+class ClampTemperature(TrainerCallback):
+    """Keep the temperature where its loss has a gradient, so that it can come back from a bound."""
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Clamp its logarithm as the loss does."""
+        kwargs["model"].log_temperature.data.clamp_(0.0, MAX_LOG_TEMPERATURE)
+
+
 class StopWhenNoBetter(TrainerCallback):
     """Stop when ``patience`` checkpoints in a row have scored no better than the best before them.
 
@@ -203,13 +213,23 @@ class StopWhenNoBetter(TrainerCallback):
     def __init__(self, patience: int) -> None:
         self.patience = patience
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """A run that stopped, but was interrupted before its result was written, has no batches."""
+        if self._is_time(state):
+            kwargs["train_dataloader"].dataset.start_step = state.max_steps
+
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Stop, where it is time."""
-        scores = [log[SPEARMAN] for log in state.log_history if SPEARMAN in log]
-        if len(scores) - 1 - scores.index(max(scores)) >= self.patience:
+        if self._is_time(state):
             control.should_training_stop = True
+
+    def _is_time(self, state: TrainerState) -> bool:
+        scores = [log[SPEARMAN] for log in state.log_history if SPEARMAN in log]
+        return bool(scores) and len(scores) - 1 - scores.index(max(scores)) >= self.patience
 
 
 class MarkWhole(TrainerCallback):

@@ -250,7 +250,11 @@ def train(
     ] = 1,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Continue an interrupted run.", rich_help_panel=_RUN),
+        typer.Option(
+            "--resume",
+            help="Continue an interrupted run; a finished one stays as it is.",
+            rich_help_panel=_RUN,
+        ),
     ] = False,
     overwrite: Annotated[
         bool,

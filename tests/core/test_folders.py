@@ -65,9 +65,27 @@ def test_nothing_else_is_overwritten(checkpoint_copy, tmp_path, monkeypatch):
         check_writable(tmp_path / "new" / "folder", weight_bytes=1 << 60)
     assert not (tmp_path / "new").exists()
     usage = shutil._ntuple_diskusage(1, 1, 0)
-    monkeypatch.setattr(folders.shutil, "disk_usage", lambda path: usage)
+    asked = []
+    monkeypatch.setattr(folders.shutil, "disk_usage", lambda path: asked.append(path) or usage)
+    (tmp_path / "new").mkdir()
     with pytest.raises(GemError, match="has 0 MiB free"):
         check_writable(tmp_path / "new")
+    assert asked == [tmp_path], "where it is written, beside it"
+
+
+def test_what_cannot_be_replaced_is_refused_before_long_work(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(GemError, match=r"nothing can be written in .*file"):
+        check_writable(tmp_path / "file" / "new" / "gem")
+    with monkeypatch.context() as patch:
+        patch.setattr(folders.os, "access", lambda path, mode: path != tmp_path)
+        with pytest.raises(GemError, match="nothing can be written"):
+            check_writable(tmp_path / "new" / "gem")
+    (tmp_path / "mounted" / "lost+found").mkdir(parents=True)
+    monkeypatch.setattr(folders.os.path, "ismount", lambda path: path == tmp_path / "mounted")
+    with pytest.raises(GemError, match=r"mounted is mounted, .* name a folder inside it"):
+        check_writable(tmp_path / "mounted")
+    check_writable(tmp_path / "mounted" / "gem")
 
 
 def test_a_folders_hash_sees_names_and_contents(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,19 @@ def test_an_instruction_goes_behind_every_text(
     assert (without * expected).sum(axis=1).max() < 0.999
 
 
+def test_threads_get_the_vectors_of_one(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    export(tiny_checkpoint("llama"), tmp_path / "st")
+    model = SentenceTransformer(str(tmp_path / "st"), trust_remote_code=True, device="cpu")
+    texts = TEXTS * 8
+    expected = model.encode(texts)
+    with ThreadPoolExecutor(4) as threads:
+        for found in threads.map(model.encode, [texts] * 16):
+            assert (found * expected).sum(axis=1).min() >= 0.9999
+    np.testing.assert_array_equal(model.encode(texts), expected)
+
+
 def test_saved_by_sentence_transformers_it_loads_again(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -68,7 +82,7 @@ def test_prompts_dtypes_and_long_texts(
         model_kwargs={"dtype": "bfloat16"},
     )
     assert model.dtype == torch.bfloat16
-    assert model.max_seq_length == 512 - 3
+    assert model.max_seq_length == 512 - 3 - 1
     with_prompt = model.encode(["bread"], prompt="a query: ")
     np.testing.assert_array_equal(with_prompt, model.encode(["a query: bread"]))
     model.max_seq_length = 8

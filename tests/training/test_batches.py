@@ -124,6 +124,24 @@ def test_too_few_texts_are_refused(make: Make, tmp_path: Path) -> None:
         make(data=(str(few),)).check()
 
 
+def test_texts_that_repeat_are_no_negatives(make: Make, tmp_path: Path) -> None:
+    assert not any("cl_repeats" in batch for batch in make())
+    rows = [{"anchor": f"the old river {n}", "negative": "a bridge"} for n in range(8)]
+    file = write_pairs(tmp_path, rows * 2)
+    for batch in make(pairs=file, pairs_share=1.0, anchor_drop_rate=0.3):
+        assert batch["cl_repeats"].shape == (16, 16 + 16)
+        assert (batch["cl_repeats"].sum(dim=1) == 1).all(), "the same line, drawn again"
+
+
+def test_an_instruction_that_leaves_no_room_is_refused(make: Make) -> None:
+    instruction = " in a word:" * 4
+    taken = len(make(instruction=instruction).template.instruction)
+    needed = 1 + 8 + taken + len(SPECIAL)  # a BOS, a text
+    make(instruction=instruction, max_tokens=needed).check()
+    with pytest.raises(GemError, match=f"at least {needed}: --instruction takes {taken} tokens"):
+        make(instruction=instruction, max_tokens=needed - 1).check()
+
+
 def write_pairs(folder: Path, rows: list[Any]) -> str:
     file = folder / "pairs.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -133,7 +151,7 @@ def write_pairs(folder: Path, rows: list[Any]) -> str:
 def test_labelled_pairs_take_their_share(make: Make, tmp_path: Path) -> None:
     pairs = [
         {"anchor": "the river", "positive": "a bridge", "negative": ["bread"] * (number % 3)}
-        for number in range(9)
+        for number in range(18)
     ]
     file = write_pairs(tmp_path, pairs)
     batches = make(add_bos=False, pairs=file, pairs_share=0.25)
@@ -152,8 +170,17 @@ def test_labelled_pairs_take_their_share(make: Make, tmp_path: Path) -> None:
     assert all(same(*two) for two in zip(whole[6:], later, strict=True))
 
 
+def test_the_share_is_of_the_contrastive_batches(make: Make, tmp_path: Path) -> None:
+    file = write_pairs(tmp_path, [{"anchor": "the river", "positive": "a bridge"}] * 16)
+    batches = make(
+        add_bos=False, pairs=file, pairs_share=0.25, alpha_schedule="step", alpha_steps=4
+    )
+    widths = [batch["cl_ids"].shape[1] for batch in batches if "cl_ids" in batch]
+    assert [width == min(widths) for width in widths] == [True, False, False, False] * 2
+
+
 def test_labelled_pairs_leave_the_other_batches_as_they_are(make: Make, tmp_path: Path) -> None:
-    file = write_pairs(tmp_path, [{"anchor": "the river", "positive": "a bridge"}])
+    file = write_pairs(tmp_path, [{"anchor": "the river", "positive": "a bridge"}] * 16)
     ntp = list(make(alpha_schedule="constant", alpha=0.5, raw_share=0.5))
     both = list(make(alpha_schedule="constant", alpha=0.5, raw_share=0.5, pairs=file))
     names = ("ntp_ids", "ntp_lengths")
@@ -163,7 +190,7 @@ def test_labelled_pairs_leave_the_other_batches_as_they_are(make: Make, tmp_path
 
 def test_a_pair_without_positive_gets_one_with_tokens_dropped(make: Make, tmp_path: Path) -> None:
     anchor = "the lazy dog of the old stone bridge"
-    file = write_pairs(tmp_path, [{"anchor": anchor, "negative": ["bread and water"]}])
+    file = write_pairs(tmp_path, [{"anchor": anchor, "negative": ["bread and water"]}] * 16)
     batch = next(iter(make(add_bos=False, pairs=file, pairs_share=1.0, drop_rate=0.5)))
     (whole,) = {*batch["cl_lengths"][:16].tolist()}
     dropped = batch["cl_lengths"][16:32]
@@ -192,3 +219,6 @@ def test_files_of_pairs_that_cannot_be_read_are_refused(make: Make, tmp_path: Pa
         make(pairs=str(tmp_path / "missing.jsonl")).check()
     with pytest.raises(GemError, match="holds no pair"):
         make(pairs=write_pairs(tmp_path, [])).check()
+    few = [{"anchor": "the river", "positive": "a bridge"}] * 15
+    with pytest.raises(GemError, match="holds 15 pairs; a batch needs 16"):
+        make(pairs=write_pairs(tmp_path, few)).check()

@@ -13,7 +13,7 @@ import pytest
 from datasets import IterableDataset
 
 from gem_vllm.errors import GemError
-from gem_vllm.training.data import TextSource, shuffled
+from gem_vllm.training.data import TextSource, read_jsonl, shuffled
 
 LINES = ["one text", "another, with an accent: é", "a third"]
 
@@ -35,6 +35,26 @@ def test_every_form_gives_the_same_texts(tmp_path: Path, name: str) -> None:
     source.check()
     assert list(source) == LINES
     assert list(source) == LINES, "a source can be read again"
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz"])
+def test_a_mark_of_the_byte_order_is_no_text(tmp_path: Path, name: str) -> None:
+    content = as_jsonl(LINES) if "jsonl" in name else "\n".join(LINES)
+    assert list(TextSource(write(tmp_path / name, f"\ufeff{content}"))) == LINES
+
+
+def test_what_utf_8_cannot_hold_is_replaced(tmp_path: Path) -> None:
+    row = {"text": "an old \ud83d bridge", "of": ["\ud83d\ude00", {"\ude00": "\ude00"}]}
+    path = Path(write(tmp_path / "a.jsonl", json.dumps(row) + "\n"))
+    assert [value for _, value in read_jsonl(path)] == [
+        {"text": "an old ? bridge", "of": ["\U0001f600", {"?": "?"}]}
+    ]
+
+
+def test_the_last_suffix_tells_the_form(tmp_path: Path) -> None:
+    assert list(TextSource(write(tmp_path / "a.jsonl.txt", as_jsonl(LINES[:1])))) == [
+        as_jsonl(LINES[:1]).strip()
+    ]
 
 
 def test_field_is_named(tmp_path: Path) -> None:
@@ -119,6 +139,16 @@ def test_dataset_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     with pytest.raises(GemError, match=r"no file, and no dataset that loads .* find some/dataset"):
         TextSource("some/dataset").check()
+
+
+def test_dataset_that_breaks_off_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows():
+        yield {"text": "a text"}
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: rows())
+    with pytest.raises(GemError, match="some/dataset, row 1 cannot be read: no network"):
+        list(TextSource("some/dataset"))
 
 
 def test_shuffle_holds_no_more_than_its_buffer() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import re
 from pathlib import Path
@@ -62,9 +63,13 @@ def test_the_best_checkpoint_on_held_out_pairs_is_the_result(
     assert "--save-every 4" in card
 
 
-@pytest.mark.parametrize("interrupted", [False, True])
+def full_disk(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("interrupted", ["never", "early", "at its end"])
 def test_a_run_that_no_longer_gets_better_stops(
-    options: TrainOptions, pairs: Path, interrupted: bool
+    options: TrainOptions, pairs: Path, interrupted: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = dataclasses.replace(
         options,
@@ -75,9 +80,14 @@ def test_a_run_that_no_longer_gets_better_stops(
         contrastive_learning_rate=1e-12,
         ntp_learning_rate=1e-12,
     )
-    if interrupted:
+    if interrupted == "early":
         train_until(2, options)
-    train(options, resume=interrupted, progress=False)
+    elif interrupted == "at its end":
+        with monkeypatch.context() as patch:
+            patch.setattr("gem_vllm.training.run._save", full_disk)
+            with pytest.raises(GemError, match="is full"):
+                train(options, progress=False)
+    train(options, resume=interrupted != "never", progress=False)
     assert len(losses(options)["loss_cl"]) == 3, "the second and the third are no better"
     card = (options.out / "README.md").read_text()
     assert "| Steps | 3 of 8 texts; 8 were planned |" in card

@@ -45,6 +45,25 @@ def test_info_nce_with_further_negatives_is_its_formula() -> None:
     assert float(none) == float(info_nce(anchors, positives, scale, symmetric=True))
 
 
+def test_info_nce_without_repeats_is_its_formula() -> None:
+    anchors, positives, negatives = unit(3, 8, seed=0), unit(3, 8, seed=1), unit(2, 8, seed=2)
+    scale = torch.tensor(math.log(20.0))
+    repeats = torch.zeros(3, 5, dtype=torch.bool)
+    repeats[0, 2] = repeats[2, 0] = repeats[1, 3] = True
+    options = {"negatives": negatives, "repeats": repeats}
+    found = info_nce(anchors, positives, scale, symmetric=True, **options)
+    to, back = torch.cat([positives, negatives]), anchors
+    expected = [
+        F.cross_entropy(20.0 * query[None, row] @ among[seen].T, torch.tensor([seen.index(row)]))
+        for query, among, left in (
+            (anchors, to, [[0, 1, 3, 4], [0, 1, 2, 4], [1, 2, 3, 4]]),
+            (positives, back, [[0, 1], [0, 1, 2], [1, 2]]),
+        )
+        for row, seen in enumerate(left)
+    ]
+    torch.testing.assert_close(found, sum(expected) / 6)
+
+
 @pytest.mark.parametrize(("given", "used"), [(-1.0, 0.0), (9.0, math.log(100))])
 def test_temperature_is_clamped(given: float, used: float) -> None:
     pair = unit(4, 8, seed=0), unit(4, 8, seed=1)

@@ -67,7 +67,7 @@ def test_two_processes_train_as_one(
         "".join(
             json.dumps(
                 {
-                    "anchor": f"the old river {number} of the city",
+                    "anchor": f"the old river {number % 7} of the city",
                     "positive": f"a stone bridge {number}",
                     "negative": ["bread and flour"] * (number % 3),
                 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from gem_vllm.adapter import apply_adapter, extract_adapter
 from gem_vllm.config import GemConfig
 from gem_vllm.errors import GemError
 from gem_vllm.reference import ReferenceEmbedder
+from gem_vllm.training.losses import MAX_LOG_TEMPERATURE
 from gem_vllm.training.options import TrainOptions
 from gem_vllm.training.run import train
 from gem_vllm.training.trainer import WHOLE, whole_checkpoints
@@ -46,6 +48,16 @@ def test_golden_losses(options: TrainOptions, mode: Any) -> None:
     found = losses(options)
     for name in ("loss_ntp", "loss_cl"):
         assert found[name] == pytest.approx(GOLDEN[f"{mode} {name}"], abs=1e-4)
+
+
+def test_the_temperature_stays_where_it_has_a_gradient(options: TrainOptions) -> None:
+    options = dataclasses.replace(
+        options, scale=100.0, contrastive_learning_rate=1.0, warmup_share=0.0, save_every=1
+    )
+    train_until(2, options)
+    for checkpoint in whole_checkpoints(options.run_folder):
+        state = load_file(checkpoint / "model.safetensors")
+        assert state["log_temperature"] <= torch.tensor(MAX_LOG_TEMPERATURE)
 
 
 def test_the_lora_is_where_it_was_asked_for(options: TrainOptions) -> None:
@@ -81,6 +93,10 @@ def test_matryoshka_sizes_are_in_the_checkpoint(options: TrainOptions) -> None:
     assert "--matryoshka 8 --matryoshka 32" in (options.out / "README.md").read_text()
     with pytest.raises(GemError, match="--matryoshka is over an embedding's size, which is 64"):
         train(dataclasses.replace(options, matryoshka=(65,)), overwrite=True, progress=False)
+    other = dataclasses.replace(options, matryoshka=(65,), out=options.out.with_name("other"))
+    with pytest.raises(GemError, match="--matryoshka is over"):
+        train(other, progress=False)
+    assert not other.run_folder.exists(), "the corrected command needs no --overwrite"
 
 
 @pytest.mark.parametrize("mode", ["adapter", "full", "lora"])
@@ -195,8 +211,16 @@ def test_model_card(options: TrainOptions) -> None:
     assert str(options.base.parent) not in card
 
 
-def test_an_earlier_result_is_not_lost_by_mistake(options: TrainOptions) -> None:
+def test_an_earlier_result_is_not_lost_by_mistake(
+    options: TrainOptions, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     train(options, progress=False)
+    written = options.out.stat().st_mtime_ns
+    with monkeypatch.context() as patch:  # no room is needed for what is there
+        patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
+        assert train(options, resume=True, progress=False) == options.out
+    assert capsys.readouterr().err.endswith(f"{options.out}: already finished\n")
+    assert options.out.stat().st_mtime_ns == written
     with pytest.raises(GemError, match="not empty; continue its run with --resume"):
         train(options, progress=False)
     shorter = dataclasses.replace(options, steps=3)
@@ -219,3 +243,21 @@ def test_options_are_recorded(options: TrainOptions) -> None:
     recorded = json.loads((options.run_folder / "options.json").read_text())
     assert options.difference(recorded) == []
     assert options.difference(recorded | {"seed": 9, "save_every": 1}) == ["seed"]
+
+
+def test_what_files_hold_is_recorded_and_not_where_they_are(
+    options: TrainOptions, tmp_path: Path
+) -> None:
+    recorded = json.loads(json.dumps(options.bound()))
+    texts, base = tmp_path / "moved.txt", shutil.copytree(options.base, tmp_path / "base")
+    shutil.copy(options.data[0], texts)
+    moved = dataclasses.replace(options, data=(str(texts),), base=base)
+    assert moved.difference(recorded) == []
+    texts.write_text(f"{texts.read_text()}another text\n")
+    (base / "config.json").write_text("{}")
+    assert moved.difference(recorded) == ["base", "data"]
+
+
+def test_the_working_folder_has_a_name(options: TrainOptions) -> None:
+    here = dataclasses.replace(options, out=Path("."))
+    assert here.run_folder == Path.cwd().with_name(f"{Path.cwd().name}.run")

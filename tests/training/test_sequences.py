@@ -11,6 +11,7 @@ from gem_vllm.training.positives import (
     MIN_SPAN_TOKENS,
     cloze_pair,
     dropout_pair,
+    shared_texts,
     span_pair,
 )
 from gem_vllm.training.sequences import (
@@ -71,6 +72,21 @@ def test_a_cloze_pair_is_a_short_span_and_what_is_around_it() -> None:
     assert 100 < left_in < 300
     short = cloze_pair([1, 2, 3, 4, 5, 6, 7, 8, 9], rng)
     assert short[1] == [1, 2, 3, 4, 5, 6, 7, 8, 9], "too little would be left"
+
+
+def test_shared_texts_are_found_on_either_side() -> None:
+    a, b, c, d, e = ([number] for number in range(5))
+    x = True
+    # The second pair has the first one's positive, and its anchor is the third one's positive; the
+    # negatives, e and c of the first and a of the fourth, are texts of other pairs.
+    found = shared_texts([[a, b, e, c], [c, b], [d, c], [e, e, a]])
+    assert found.int().tolist() == [
+        [0, x, 0, 0, 0, 0, x],
+        [x, 0, x, 0, 0, x, 0],
+        [0, x, 0, 0, 0, x, 0],
+        [0, 0, 0, 0, x, 0, 0],
+    ]
+    assert not shared_texts([[a, a], [b, b]]).any(), "a text is no repeat of itself"
 
 
 def rows(raw_share: float, reconstruction_share: float, max_tokens: int = 40) -> list[list[int]]:
