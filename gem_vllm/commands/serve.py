@@ -20,7 +20,10 @@ def serve(
         str | None, typer.Option(help="Name that requests give.", show_default="the folder's")
     ] = None,
     min_replicas: Annotated[int, typer.Option(help="Engines that are kept running.")] = 1,
-    max_replicas: Annotated[int, typer.Option(help="Engines while there is more to do.")] = 1,
+    max_replicas: Annotated[
+        int | None,
+        typer.Option(help="Engines while there is more to do.", show_default="--min-replicas"),
+    ] = None,
     target_ongoing_requests: Annotated[
         float, typer.Option(help="Of a replica: more start another one, less stop one.")
     ] = 64,
@@ -69,7 +72,7 @@ def serve(
         model=model.absolute(),
         served_model_name=served_model_name,
         min_replicas=min_replicas,
-        max_replicas=max(min_replicas, max_replicas),
+        max_replicas=min_replicas if max_replicas is None else max_replicas,
         target_ongoing_requests=target_ongoing_requests,
         cpus_per_replica=cpus_per_replica,
         tensor_parallel_size=tensor_parallel_size,

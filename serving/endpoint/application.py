@@ -73,6 +73,8 @@ def _llm_config(options: EndpointOptions, stop_s: float) -> Any:
     # As Ray's server has it: an engine core in a process of its own, workers by Ray on GPUs.
     del environment["VLLM_ENABLE_V1_MULTIPROCESSING"]
     engine.pop("distributed_executor_backend", None)
+    # No key of vLLM's own: the ingress passes none on, and a replica would refuse everything.
+    environment["VLLM_API_KEY"] = ""
     return LLMConfig(
         model_loading_config={
             "model_id": options.model_name,

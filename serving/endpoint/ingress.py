@@ -14,7 +14,11 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from ray import serve
 from ray.exceptions import RayActorError, RayError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.exceptions import (
+    BackPressureError,
+    DeploymentUnavailableError,
+    RayServeException,
+)
 from ray.serve.handle import DeploymentHandle
 
 from gem_vllm.serving.endpoint import metrics
@@ -33,8 +37,8 @@ logger = logging.getLogger(__name__)
 RETRY_AFTER_S, MAX_RETRY_AFTER_S = 1, 30
 HEALTH_SECONDS = 5.0
 METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
-# Answered without a key, as OPTIONS is (a browser asks with it, and sends none): they compute
-# nothing.
+# GET and HEAD of these are answered without a key, as OPTIONS is (a browser asks with it, and sends
+# none): they compute nothing.
 OPEN_PATHS = {"/health", "/ping", "/version", "/metrics"}
 # Of one connection (RFC 9110, 7.6.1), or meant for the ingress alone.
 _DROPPED_HEADERS = {
@@ -111,8 +115,20 @@ def _kept(headers: Any) -> Headers:
     return [(name, value) for name, value in headers if name.lower() not in _DROPPED_HEADERS]
 
 
+def _path(request: Request) -> str:
+    """The path that vLLM knows: what follows the application's route prefix."""
+    return f"/{request.path_params['path']}"
+
+
+def _is_open(request: Request) -> bool:
+    """Whether a request is answered without a key, and without its body."""
+    if request.method in ("GET", "HEAD"):
+        return _path(request) in OPEN_PATHS
+    return request.method == "OPTIONS"
+
+
 def _error_event(request: Request, refused: Refused) -> bytes:
-    request.scope[metrics.STATUS] = refused.status
+    metrics.count_as(request.scope, refused.status)
     return b"data: " + bytes(refused.response().body) + b"\n\ndata: [DONE]\n\n"
 
 
@@ -153,11 +169,13 @@ class Ingress:
         try:
             async with asyncio.timeout(HEALTH_SECONDS):
                 status = await asyncio.to_thread(serve.status)
-        except (TimeoutError, RayError) as error:
+        except (TimeoutError, RayError, RayServeException) as error:
             return Refused(503, f"Ray Serve does not answer: {error}").response()
-        application = status.applications[self._replicas.app_name]
-        states = application.deployments[self._replicas.deployment_name].replica_states
-        running = states.get("RUNNING", 0)
+        # While the application is deleted, it or its replicas are missing already.
+        application = status.applications.get(self._replicas.app_name)
+        deployments = {} if application is None else application.deployments
+        deployment = deployments.get(self._replicas.deployment_name)
+        running = 0 if deployment is None else deployment.replica_states.get("RUNNING", 0)
         if not running:
             return Refused(503, "No replica is running.").response()
         return JSONResponse({"replicas": running})
@@ -178,20 +196,23 @@ class Ingress:
     async def _answer(self, request: Request) -> Response:
         if self._draining:
             raise _come_back(503, "The endpoint is shutting down.", {"Connection": "close"})
-        self._check_key(request)
-        forwarded = await self._admit(request)
         deadline = asyncio.get_running_loop().time() + self._limits.request_timeout_s
+        body = b""
+        if not _is_open(request):
+            self._check_key(request)
+            body = await self._read(request, deadline)
+        forwarded = self._admit(request, body)
         parts, first = await self._begin(forwarded, deadline)
         if forwarded.streamed and first.streamed:
-            body = self._rest(request, first, parts, deadline)
-            response: Response = _Relay(body, parts, first.status)
+            rest = self._rest(request, first, parts, deadline)
+            response: Response = _Relay(rest, parts, first.status)
         else:
             response = Response(first.body, first.status)
         response.raw_headers.extend(_kept(first.headers))
         return response
 
     def _check_key(self, request: Request) -> None:
-        if self._keys is None or request.url.path in OPEN_PATHS or request.method == "OPTIONS":
+        if self._keys is None:
             return
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or self._keys.name_of(key.strip()) is None:
@@ -201,32 +222,39 @@ class Ingress:
                 {"WWW-Authenticate": "Bearer"},
             )
 
-    async def _admit(self, request: Request) -> ForwardedRequest:
-        """Read a request within the limits."""
+    async def _read(self, request: Request, deadline: float) -> bytes:
+        """The body of a request, no larger and no later than the limits are."""
         limit = self._limits.max_body_bytes
         body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > limit:
-                raise Refused(
-                    413,
-                    f"The request is larger than {limit} bytes. Send it in parts.",
-                    {"Connection": "close"},
-                )
-        parsed = parse_body(bytes(body)) if body else None
+        try:
+            async with asyncio.timeout_at(deadline):
+                async for chunk in request.stream():
+                    body += chunk
+                    if len(body) > limit:
+                        raise Refused(
+                            413,
+                            f"The request is larger than {limit} bytes. Send it in parts.",
+                            {"Connection": "close"},
+                        )
+        except TimeoutError as error:
+            raise Refused(408, self._too_long(), {"Connection": "close"}) from error
+        return bytes(body)
+
+    def _admit(self, request: Request, body: bytes) -> ForwardedRequest:
+        """A request as a replica gets it, if it has no more inputs than the limit is."""
+        parsed = parse_body(body) if body else None
         if parsed is not None and (count := count_inputs(parsed)) > self._limits.max_inputs:
             raise Refused(
                 400,
                 f"The request has {count} inputs; at most {self._limits.max_inputs} are taken at "
                 "once. Send them in several requests.",
             )
-        url = request.url
         return ForwardedRequest(
             method=request.method,
-            path=url.path,
-            query=url.query.encode(),
+            path=_path(request),
+            query=request.scope["query_string"],
             headers=[*_kept(request.headers.raw), (b"content-length", str(len(body)).encode())],
-            body=bytes(body),
+            body=body,
             routing_text=None if parsed is None else routing_text(parsed),
             streamed=parsed is not None and bool(parsed.get("stream")),
         )

@@ -36,12 +36,9 @@ class ApiKeys:
         """The keys of a file.
 
         Raises:
-            GemError: it cannot be read, has a line that is no key, a name twice, or no key at all.
+            GemError: it cannot be read, has a line that is no key, or a name twice.
         """
-        digests = _read_digests(path)
-        if not digests:
-            raise GemError(f"{path} has no key; add one with 'gem-vllm key', or leave the file out")
-        return ApiKeys(digests)
+        return ApiKeys(_read_digests(path))
 
     def name_of(self, key: str) -> str | None:
         """Whose ``key`` it is; None for nobody's. Takes as long whichever it is."""
@@ -107,7 +104,8 @@ class KeyFile:
     def name_of(self, key: str) -> str | None:
         """As `ApiKeys.name_of`, by what the file holds now.
 
-        A file that is broken, or gone, leaves the keys as they were, with a line in the log.
+        A file without a key lets nobody in. One that is broken, or gone, leaves the keys as they
+        were, with a line in the log.
         """
         mark = self._find_mark()
         if mark != self._mark:
@@ -118,9 +116,10 @@ class KeyFile:
                 logger.error("API keys stay as they were: %s", error)
         return self._keys.name_of(key)
 
-    def _find_mark(self) -> tuple[int, int] | None:
+    def _find_mark(self) -> tuple[int, int, int] | None:
         try:
             info = self._path.stat()
         except OSError:
             return None
-        return info.st_mtime_ns, info.st_ino
+        # The size too: what an editor empties and fills again may keep its time.
+        return info.st_mtime_ns, info.st_ino, info.st_size

@@ -23,6 +23,7 @@ _TASKS = {
     },
     GENERATE: {
         "/v1/chat/completions",
+        "/v1/chat/completions/batch",
         "/v1/completions",
         "/v1/responses",
         "/v1/messages",
@@ -35,7 +36,13 @@ ROUTING_CHARACTERS = 8192
 MIN_ROUTING_CHARACTERS = 256
 # Fields that hold what a request is about, the first that is there.
 _CONTENT = ("messages", "prompt", "input", "texts", "documents")
-_LISTS = ("input", "prompt", "texts", "inputs", "documents", "text_2", "data_2", "queries", "items")
+# Fields that may hold several inputs.
+_LISTS = (
+    *("messages", "input", "prompt", "texts", "inputs", "documents"),
+    *("text_2", "data_2", "queries", "items"),
+)
+# Of them, those in which a list of messages is one input.
+_CONVERSATIONS = ("messages", "input")
 
 
 @dataclass(frozen=True)
@@ -84,21 +91,26 @@ def task_of(path: str) -> str:
 
 
 def parse_body(body: bytes) -> dict[str, Any] | None:
-    """The JSON object in a body; None where there is none, which the replica answers."""
+    """The JSON object in a body; None where there is none, which the replica answers.
+
+    What is nested too deeply to be read is none.
+    """
     try:
         value = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 
 
 def count_inputs(body: Mapping[str, Any]) -> int:
-    """Texts, prompts or documents of a request; of a list of token ids, one."""
-    return max((_length(body[name]) for name in _LISTS if name in body), default=1)
+    """Texts, prompts, documents or conversations of a request; of a list of token ids, one."""
+    return max((_length(name, body[name]) for name in _LISTS if name in body), default=1)
 
 
-def _length(value: Any) -> int:
+def _length(name: str, value: Any) -> int:
     if not isinstance(value, list) or not value or isinstance(value[0], int):
+        return 1
+    if name in _CONVERSATIONS and isinstance(value[0], Mapping):
         return 1
     return len(value)
 
@@ -107,11 +119,15 @@ def routing_text(body: Mapping[str, Any]) -> str | None:
     """The text of a request whose prefix another request may share.
 
     The text of an embedding request and the same text as a prompt, or in the first message of a
-    chat, give the same: they go to the same replica. None for token ids, for several texts and for
-    what is shorter than `MIN_ROUTING_CHARACTERS`: those are better spread.
+    chat, give the same: they go to the same replica. None for token ids, for several texts, for
+    what is nested too deeply and for what is shorter than `MIN_ROUTING_CHARACTERS`: those are
+    better spread.
     """
     name = next((name for name in _CONTENT if name in body), None)
-    text = "" if name is None else _text(body[name])
+    try:
+        text = "" if name is None else _text(body[name])
+    except RecursionError:
+        return None
     return text[:ROUTING_CHARACTERS] if len(text) >= MIN_ROUTING_CHARACTERS else None
 
 

@@ -16,6 +16,7 @@ from collections.abc import Iterable
 import httpx
 import ray
 from ray.util.metrics import Counter, Gauge, Histogram
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gem_vllm.serving.endpoint.messages import OTHER, task_of
@@ -27,11 +28,8 @@ SHOWN = ("ray_gem_", "ray_vllm_")
 SCRAPE_SECONDS = 5.0
 # Of one request in the average of the recent ones.
 RECENT_SHARE = 0.05
-
-
-# Key of a request's scope, for a status that its answer could not begin with.
-STATUS = "gem.status"
-CLIENT_GONE = 499
+CLIENT_GONE, FAILED = 499, 500
+_STATUS = "gem.status"  # in a request's scope, by `count_as`
 
 _open: collections.Counter[str] = collections.Counter()
 _seconds = 0.0
@@ -45,6 +43,11 @@ def open_requests() -> int:
 def recent_seconds() -> float:
     """What a request that was answered took of late, a moving average; 0 before the first."""
     return _seconds
+
+
+def count_as(scope: Scope, status: int) -> None:
+    """Count a request with a status that its answer, which has begun, cannot give any more."""
+    scope[_STATUS] = status
 
 
 def _note_seconds(seconds: float) -> None:
@@ -83,12 +86,18 @@ class CountRequests:
             if message["type"] == "http.response.start":
                 begun = message["status"]
             elif not message.get("more_body"):
-                status = scope.get(STATUS, begun)
+                status = scope.get(_STATUS, begun)
 
-        task, start = task_of(scope["path"]), time.monotonic()
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        task, start = task_of(path), time.monotonic()
         self._change(task, 1)
         try:
             await self._app(scope, receive, note_status)
+        except ClientDisconnect:
+            raise
+        except Exception:
+            status = FAILED
+            raise
         finally:
             self._change(task, -1)
             self._requests.inc(1, {"task": task, "code": str(status)})

@@ -14,14 +14,17 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
+import ray
 from ray import serve
+from ray.exceptions import RayError
+from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
 
 from gem_vllm.errors import GemError
 from gem_vllm.serving.endpoint.application import build
 from gem_vllm.serving.endpoint.options import APP_NAME, EndpointOptions
 from gem_vllm.serving.errors import JobError, told_by_validation
-from gem_vllm.serving.pool import ray_cluster
+from gem_vllm.serving.pool import engine_needs, ray_cluster
 
 WATCH_SECONDS = 5.0
 DRAIN_POLL_SECONDS = 0.5
@@ -57,7 +60,8 @@ def run_endpoint(
         GemError: the endpoint cannot be begun; nothing was started.
         JobError: it was begun and could not be brought up.
     """
-    options.check()
+    with _quiet_logs():
+        options.check()
     if ray_address is None:
         _check_port(host, port)
         # Read by the processes that Ray starts; this one has read its own.
@@ -65,6 +69,10 @@ def run_endpoint(
             os.environ.setdefault(name, value)
     stop = _Stop()
     with stop.on_signals(), _quiet_logs(), ray_cluster(options.replicas(ray_address)):
+        if ray_address is None:
+            _check_room(options)
+        else:
+            _check_serve(host, port)
         try:
             report(f"starting {options.min_replicas} replica(s) of {options.model_name}")
             _start(options, host, port)
@@ -85,6 +93,37 @@ def _check_port(host: str, port: int) -> None:
             pass
     except (OSError, OverflowError) as error:
         raise GemError(f"--host {host} --port {port} cannot be used: {error}") from error
+
+
+def _check_room(options: EndpointOptions) -> None:
+    """GemError where this machine is too small: Ray would wait for another one for ever."""
+    (cpus, gpus), _, _ = engine_needs(options.replicas())
+    resources = ray.cluster_resources()
+    for name, each in (("CPU", cpus), ("GPU", gpus)):
+        there, needed = resources.get(name, 0), options.min_replicas * each
+        if needed > there:
+            raise GemError(
+                f"--min-replicas {options.min_replicas} takes {needed:g} {name}s, {each:g} for "
+                f"each; this machine has {there:g}"
+            )
+
+
+def _check_serve(host: str, port: int) -> None:
+    """GemError where Serve runs already, with this application or at another address."""
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return
+    if APP_NAME in serve.status().applications:
+        raise GemError(
+            f"the cluster has an application '{APP_NAME}' already; change it with 'serve deploy', "
+            "or stop it first"
+        )
+    there = client.http_config
+    if (there.host, there.port) != (host, port):
+        raise GemError(
+            f"the cluster's Serve listens on {there.host}:{there.port} already; give --host "
+            f"{there.host} --port {there.port}"
+        )
 
 
 class _Stop:
@@ -121,13 +160,21 @@ def _quiet_logs() -> Iterator[None]:
 
 
 def _start(options: EndpointOptions, host: str, port: int) -> None:
-    serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port})
     try:
+        serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port})
         serve.run(build(options), name=APP_NAME, route_prefix="/")
-    except RuntimeError as error:
-        deployments = serve.status().applications[APP_NAME].deployments.values()
-        told = "\n".join([str(error), *(deployment.message for deployment in deployments)])
+    except (RuntimeError, ValueError, TimeoutError, RayServeException, RayError) as error:
+        told = "\n".join([str(error), *_told_by_deployments()])
         raise JobError(f"the endpoint could not be brought up: {reason(told)}") from error
+
+
+def _told_by_deployments() -> list[str]:
+    """What Serve says of each deployment; nothing where it has none, or is gone itself."""
+    with contextlib.suppress(RayServeException, RayError):
+        application = serve.status().applications.get(APP_NAME)
+        if application is not None:
+            return [deployment.message for deployment in application.deployments.values()]
+    return []
 
 
 def reason(text: str) -> str:
@@ -161,7 +208,11 @@ async def _drain(timeout_s: float, report: Report) -> None:
     ingress = serve.get_app_handle(APP_NAME)
 
     async def of_all(method: str) -> list[Any]:
-        return await ingress.broadcast(method).results_async(timeout_s=CALL_SECONDS)
+        results = await ingress.broadcast(method).results_async(
+            timeout_s=CALL_SECONDS, return_exceptions=True
+        )
+        # One that has died has no open requests any more.
+        return [result for result in results if not isinstance(result, BaseException)]
 
     await of_all("drain")
     deadline = time.monotonic() + timeout_s

@@ -32,7 +32,7 @@ class EndpointOptions:
         max_queued_requests: that wait for a replica, or are just being given one, at each ingress;
             one more gets 429.
         request_timeout_s: of a request, its wait and its answer together.
-        max_inputs: texts, prompts or documents in one request.
+        max_inputs: texts, prompts, documents or conversations in one request.
         max_body_bytes: of a request.
         api_keys: file of hashed keys, one a line (`keys`); None for an open endpoint.
         engine: further options of vLLM's engine (`EngineArgs`) and front end.
@@ -65,6 +65,8 @@ class EndpointOptions:
         for name, value in args.items():
             if name not in known:
                 raise GemError(f"no option '{name}'; there are: {', '.join(known)}")
+            if value == "":
+                raise GemError(f"option '{name}' is empty; give a value, or leave it out")
             expected = _TYPES[str(known[name].type)]
             if isinstance(value, bool) or not isinstance(value, expected):
                 raise GemError(f"option '{name}' is {value!r}, which is no {known[name].type}")
@@ -77,8 +79,9 @@ class EndpointOptions:
         """Raise GemError, in one line, for what cannot work."""
         embedding_size(self.model)
         self.replicas().check()
-        if "served_model_name" in self.engine:
-            raise GemError("--engine has 'served_model_name'; give it as --served-model-name")
+        for name, option in _OWN_OPTIONS.items():
+            if name in self.engine:
+                raise GemError(f"--engine has '{name}'; use {option}")
         for name in (
             "target_ongoing_requests",
             "ingress_replicas",
@@ -90,8 +93,12 @@ class EndpointOptions:
         ):
             if getattr(self, name) <= 0:
                 raise GemError(f"{name} is {getattr(self, name):g}; it must be above 0")
-        if self.api_keys is not None:
-            ApiKeys.read(self.api_keys)
+        if self.api_keys is not None and not ApiKeys.read(self.api_keys).digests:
+            raise GemError(
+                f"{self.api_keys} has no key; add one with 'gem-vllm key', or leave the file out"
+            )
+        if self.engine:
+            _check_names(self.engine)
 
     def replicas(self, ray_address: str | None = None) -> ReplicaOptions:
         """The engines, as batch jobs know them."""
@@ -131,6 +138,26 @@ class EndpointOptions:
         return self.served_model_name or self.model.name
 
 
+def _check_names(engine: Mapping[str, Any]) -> None:
+    """Raise GemError for an option that vLLM lacks, which a replica would refuse after minutes."""
+    # Takes seconds; an endpoint without options of the engine does without.
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.launchers.cli_args import FrontendArgs
+
+    known = {field.name for args in (AsyncEngineArgs, FrontendArgs) for field in fields(args)}
+    for name in engine:
+        if name not in known:
+            raise GemError(
+                f"--engine has '{name}', which vLLM does not know; see vllm serve --help"
+            )
+
+
+# vLLM's name of what has an option of its own here.
+_OWN_OPTIONS = {
+    "api_key": "--api-keys",
+    "served_model_name": "--served-model-name",
+    "tensor_parallel_size": "--tensor-parallel-size",
+}
 _TYPES: dict[str, tuple[type, ...]] = {
     "int": (int,),
     "float": (int, float),

@@ -42,12 +42,19 @@ class GemRouter(PrefixCacheAffinityRouter):
     ) -> list[list[Any]]:
         """The replicas that have most of a text; none, which leaves it to the load, for the rest.
 
-        As Ray's, without its waits: they would stop all that the ingress does meanwhile.
+        As Ray's, without its waits: they would stop all that the ingress does meanwhile. A replica
+        whose queue is not known counts as idle: Ray, which then chooses by load, asks it.
         """
         text = self._extract_text_from_request(pending_request)
-        if text is None or len(candidate_replicas) < 2 or self._imbalanced(candidate_replicas):
+        if text is None or len(candidate_replicas) < 2:
             return [[]]
         replicas = {replica.replica_id.to_full_id_str(): replica for replica in candidate_replicas}
+        queues = {
+            name: self._replica_queue_len_cache.get(replica.replica_id) or 0
+            for name, replica in replicas.items()
+        }
+        if max(queues.values()) - min(queues.values()) > self._imbalanced_threshold:
+            return [[]]
         try:
             matched, names = await self._tree_actor.prefix_match.remote(text, list(replicas))
             if len(matched) < self._match_rate_threshold * len(text):
@@ -56,13 +63,9 @@ class GemRouter(PrefixCacheAffinityRouter):
             self._plant_again()
             return [[]]
         # The tree may know a replica longer than it lives.
-        return [[replicas[name] for name in names or () if name in replicas]]
-
-    def _imbalanced(self, replicas: list[Any]) -> bool:
-        """By the lengths of the replicas' queues, as far as they are known."""
-        lengths = [self._replica_queue_len_cache.get(replica.replica_id) for replica in replicas]
-        known = [length for length in lengths if length is not None]
-        return bool(known) and max(known) - min(known) > self._imbalanced_threshold
+        known = [name for name in names or () if name in replicas]
+        free = [name for name in known if queues[name] < replicas[name].max_ongoing_requests]
+        return [[replicas[name] for name in free]]
 
     def on_request_routed(self, pending_request: Any, replica_id: Any, result: Any) -> None:
         """Note the text of a request with the replica that got it; nobody waits for it."""

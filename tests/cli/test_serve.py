@@ -38,11 +38,13 @@ def model(tiny_checkpoint: Callable[..., Path]) -> Path:
     ("arguments", "message"),
     [
         (["--min-replicas", "0"], "give 1 or more"),
+        (["--min-replicas", "2", "--max-replicas", "1"], "no more than the second"),
         (["--cpus-per-replica", "0.5"], "--cpus-per-replica is 0.5"),
         (["--max-queued-requests", "0"], "max_queued_requests is 0; it must be above 0"),
         (["--request-timeout", "-1"], "request_timeout_s is -1"),
         (["--engine", "{torn"], "--engine is not JSON"),
         (["--engine", '{"model": "x"}'], "--engine names a model"),
+        (["--engine", '{"max_model_length": 8}'], "has 'max_model_length', which vLLM does not"),
         (["--api-keys", "nowhere"], "nowhere cannot be read"),
         (["--port", "70000"], "--port 70000 cannot be used"),
         (["--host", "198.51.100.1"], "--host 198.51.100.1 --port 8000 cannot be used"),
@@ -85,6 +87,14 @@ def test_the_config_is_printed_for_serve_deploy(
     (application,) = yaml.safe_load(out)["applications"]
     assert application["args"]["model"] == str(model)
     assert application["args"]["max_replicas"] == 4
+
+
+def test_as_many_replicas_are_kept_as_there_may_be(
+    model: Path, run: Callable[..., tuple[int, str, str]]
+) -> None:
+    _, out, _ = run("serve", model, "--min-replicas", 2, "--print-config")
+    (application,) = yaml.safe_load(out)["applications"]
+    assert application["args"]["max_replicas"] == 2
 
 
 def test_a_key_is_printed_once(tmp_path: Path, run: Callable[..., tuple[int, str, str]]) -> None:

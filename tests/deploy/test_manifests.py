@@ -48,8 +48,15 @@ def test_workers_have_room_for_the_replicas(
     assert replicas.cpus is not None
     assert int(limits["cpu"]) > replicas.cpus
     assert workers["maxReplicas"] == replicas.max_replicas
-    # Whether there are GPUs is asked of the nodes that are there.
     assert workers["minReplicas"] == replicas.min_replicas >= 1
+
+
+def test_the_object_store_fits_in_shared_memory(manifest: dict[str, Any]) -> None:
+    """Ray puts a larger one on the disk; half is left for what a replica's workers share."""
+    for group in groups_of(manifest):
+        volumes = {volume["name"]: volume for volume in group["template"]["spec"]["volumes"]}
+        gibibytes = volumes["shared-memory"]["emptyDir"]["sizeLimit"].removesuffix("Gi")
+        assert int(group["rayStartParams"]["object-store-memory"]) <= int(gibibytes) << 29
 
 
 def test_the_head_has_no_work(manifest: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import pytest
 from ray.serve.schema import ServeDeploySchema
 
 from gem_vllm.errors import GemError
+from gem_vllm.serving.endpoint import application
 from gem_vllm.serving.endpoint.keys import new_key
 from gem_vllm.serving.endpoint.operate import reason
 from gem_vllm.serving.endpoint.options import EndpointOptions
@@ -23,7 +24,10 @@ def model(tiny_checkpoint: Callable[..., Path]) -> Path:
 def test_a_config_file_gives_the_options_that_it_was_made_from(model: Path, tmp_path: Path) -> None:
     new_key(tmp_path / "keys", "a")
     options = EndpointOptions(
-        model, max_replicas=3, api_keys=tmp_path / "keys", engine={"max_model_len": 128}
+        model,
+        max_replicas=3,
+        api_keys=tmp_path / "keys",
+        engine={"max_model_len": 128, "allowed_origins": ["https://page.example"]},
     )
     options.check()
     config = options.serve_config("0.0.0.0", 8001)
@@ -39,6 +43,7 @@ def test_a_config_file_gives_the_options_that_it_was_made_from(model: Path, tmp_
         ({"model": "m", "max_inputs": "many"}, "'max_inputs' is 'many', which is no int"),
         ({"model": "m", "min_replicas": True}, "'min_replicas' is True, which is no int"),
         ({"model": "m", "engine": "x"}, "'engine' is 'x'"),
+        ({"model": "m", "api_keys": ""}, "'api_keys' is empty; give a value, or leave it out"),
         ({"min_replicas": 2}, "'model' is missing"),
     ],
 )
@@ -54,13 +59,31 @@ def test_a_config_file_with_a_mistake_is_refused(args: dict[str, Any], message: 
         ({"min_replicas": 3}, "give 1 or more, and no more than the second"),
         ({"max_ongoing_requests": 0}, "max_ongoing_requests is 0; it must be above 0"),
         ({"request_timeout_s": -1.0}, "request_timeout_s is -1; it must be above 0"),
-        ({"engine": {"served_model_name": "x"}}, "give it as --served-model-name"),
+        ({"engine": {"served_model_name": "x"}}, "use --served-model-name"),
+        ({"engine": {"tensor_parallel_size": 2}}, "use --tensor-parallel-size"),
+        ({"engine": {"api_key": ["x"]}}, "use --api-keys"),
+        ({"engine": {"max_model_length": 8}}, "'max_model_length', which vLLM does not know"),
         ({"api_keys": Path("no-keys")}, "API keys no-keys cannot be read"),
     ],
 )
 def test_what_cannot_work_is_refused(changes: dict[str, Any], message: str, model: Path) -> None:
     with pytest.raises(GemError, match=message):
         EndpointOptions(**{"model": model, **changes}).check()
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n"])
+def test_a_file_without_a_key_is_refused(text: str, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text(text)
+    with pytest.raises(GemError, match="keys has no key; add one"):
+        EndpointOptions(model, api_keys=tmp_path / "keys").check()
+
+
+def test_a_replica_has_no_keys_of_its_own(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty name is none to vLLM, which takes what the process that starts it has otherwise."""
+    needs = ((1.0, 0.0), {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}, {})
+    monkeypatch.setattr(application, "engine_needs", lambda _: needs)
+    config = application._llm_config(EndpointOptions(model), 1.0)
+    assert config.runtime_env["env_vars"] == {"VLLM_API_KEY": ""}
 
 
 def test_a_failed_start_is_told_in_one_line() -> None:

@@ -40,8 +40,6 @@ def test_a_key_is_added_behind_what_is_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "has no key"),
-        ("# nothing\n", "has no key"),
         ("search plain-text-key\n", "line 1 is no key"),
         (f"a sha256:{'0' * 64}\na sha256:{'1' * 64}\n", "line 2: there is a key a already"),
         (f"a sha256:{'0' * 63}\n", "line 1 is no key"),
@@ -77,10 +75,14 @@ def test_keys_come_and_go_while_the_file_is_in_use(
     (tmp_path / "next").write_text(file.read_text().splitlines()[1] + "\n")
     os.replace(tmp_path / "next", file)
     assert (keys.name_of(first), keys.name_of(second)) == (None, "second")
+    file.write_text("# nobody\n")
+    assert keys.name_of(second) is None
+    third = new_key(file, "third")
+    assert keys.name_of(third) == "third"
     with caplog.at_level(logging.ERROR):
         file.write_text("torn")
-        assert keys.name_of(second) == "second"
+        assert keys.name_of(third) == "third"
         file.unlink()
-        assert keys.name_of(second) == "second"
+        assert keys.name_of(third) == "third"
     assert "line 1 is no key" in caplog.text
     assert "cannot be read" in caplog.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from gem_vllm.serving.endpoint.messages import (
         ("/v1/embeddings", "embed"),
         ("/rerank", "embed"),
         ("/v1/chat/completions", "generate"),
+        ("/v1/chat/completions/batch", "generate"),
         ("/v1/responses", "generate"),
         ("/v1/models", "other"),
         ("/v1/embeddings/x", "other"),
@@ -43,6 +45,9 @@ def test_the_task_is_the_routes(path: str, task: str) -> None:
         ({"query": "q", "documents": ["a", "b", "c"]}, 3),
         ({"text_1": "a", "text_2": ["b", "c"]}, 2),
         ({"messages": [{"role": "user", "content": "a"}] * 9}, 1),
+        ({"messages": [[{"role": "user", "content": "a"}]] * 9}, 9),
+        ({"input": [{"role": "user", "content": "a"}, {"type": "function_call"}] * 9}, 1),
+        ({"query": "q", "documents": [{"type": "text", "content": []}] * 9}, 9),
         ({}, 1),
     ],
 )
@@ -88,6 +93,8 @@ def test_the_text_of_a_chat_begins_with_its_beginning() -> None:
         {"input": DOCUMENT[:255]},
         {"input": 3},
         {"messages": None},
+        {"messages": [[{"role": "user", "content": DOCUMENT}]] * 2},
+        {"input": functools.reduce(lambda inner, _: [inner], range(5000), [DOCUMENT])},
     ],
 )
 def test_what_has_no_single_long_text_has_no_place(body: dict[str, Any]) -> None:
@@ -96,7 +103,8 @@ def test_what_has_no_single_long_text_has_no_place(body: dict[str, Any]) -> None
 
 def test_a_body_that_is_no_json_object_is_left_to_vllm() -> None:
     assert parse_body(b'{"a": 1}') == {"a": 1}
-    for body in (b"{torn", b"[1]", b"\xff", b'"a"'):
+    deep = b'{"input": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    for body in (b"{torn", b"[1]", b"\xff", b'"a"', deep):
         assert parse_body(body) is None
 
 
