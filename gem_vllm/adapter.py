@@ -25,7 +25,7 @@ from gem_vllm.config import (
     gem_architecture,
 )
 from gem_vllm.errors import GemConfigError
-from gem_vllm.folders import read_json, write_json, written_whole
+from gem_vllm.folders import read_json, refuse_inside, write_json, written_whole
 from gem_vllm.tokens import append_tokens, load_tokenizer, write_tokenizer
 from gem_vllm.weights import (
     EMBEDDING,
@@ -122,8 +122,10 @@ def extract_adapter(checkpoint: str | Path, out: str | Path) -> None:
 
     Raises:
         GemConfigError: not such a checkpoint.
+        GemError: ``out`` is in it.
     """
     checkpoint, out = Path(checkpoint), Path(out)
+    refuse_inside(out, checkpoint)
     gem_config = GemConfig.from_pretrained(checkpoint)
     if gem_config.train_mode != "adapter":
         raise GemConfigError(
@@ -150,8 +152,10 @@ def apply_adapter(base: str | Path, adapter: str | Path, out: str | Path) -> Non
 
     Raises:
         GemConfigError: base and adapter do not fit, or either is incomplete.
+        GemError: ``out`` is in one of them.
     """
     base, adapter, out = Path(base), Path(adapter), Path(out)
+    refuse_inside(out, base, adapter)
     gem_config = GemConfig.from_dict(read_json(adapter / "gem_config.json"))
     config, tensors = read_lora(adapter)
     rows = tensors.pop(_ROWS, None)

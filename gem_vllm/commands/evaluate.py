@@ -68,7 +68,7 @@ def evaluate(
         import mteb  # noqa: F401
     except ImportError as error:
         raise GemError(
-            "gem-vllm evaluate needs mteb and lm-eval; install them with: "
+            f"gem-vllm evaluate needs mteb and lm-eval ({error}); install them with: "
             "pip install 'gem-vllm[eval]'"
         ) from error
     from gem_vllm.commands.json_option import json_object

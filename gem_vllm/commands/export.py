@@ -32,7 +32,10 @@ def export(
             "gem-vllm export needs sentence-transformers; install it with: "
             "pip install 'gem-vllm[eval]'"
         ) from error
+    from gem_vllm.folders import refuse_inside
     from gem_vllm.sentence_transformer import export as export_checkpoint
 
+    if out.resolve() != checkpoint.resolve():
+        refuse_inside(out, checkpoint)
     export_checkpoint(checkpoint, out)
     typer.echo(out)

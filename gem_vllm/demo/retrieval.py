@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,36 +80,23 @@ class BaseEmbeddings:
     tokens_per_second: float
 
 
-def embed_with_base(folder: Path, task: RetrievalTask, *, batch_size: int = 32) -> BaseEmbeddings:
+def embed_with_base(folder: Path, task: RetrievalTask, *, max_tokens: int) -> BaseEmbeddings:
     """Mean pooling of the base's last hidden states, float32: the embedding an LLM gives as it is.
 
-    Texts run in batches of like length, so that next to no padding is computed.
+    Of a longer text, the first ``max_tokens`` count.
     """
-    import torch
-    from torch.nn.functional import normalize
-    from transformers import AutoModel, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
+    from gem_vllm.evaluation.mean_pooling import MeanEmbedder
+
     disable_progress_bar()  # it would break up the status line
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right")
-    model = AutoModel.from_pretrained(folder, dtype=torch.float32).to(device).eval()
-    texts = [*task.queries, *task.passages]
-    ids: Sequence[list[int]] = tokenizer(texts)["input_ids"]
-    by_length = sorted(range(len(texts)), key=lambda row: len(ids[row]))
-    embeddings = np.empty((len(texts), model.config.hidden_size), dtype=np.float32)
+    embedder = MeanEmbedder(folder, max_tokens)
     started = time.perf_counter()
-    for at in range(0, len(texts), batch_size):
-        rows = by_length[at : at + batch_size]
-        batch = tokenizer.pad({"input_ids": [ids[row] for row in rows]}, return_tensors="pt")
-        with torch.inference_mode():
-            hidden = model(**batch.to(device)).last_hidden_state
-        real = batch["attention_mask"].unsqueeze(-1).float()
-        mean = (hidden * real).sum(dim=1) / real.sum(dim=1)
-        embeddings[rows] = normalize(mean, dim=-1).cpu().numpy()
+    rows = embedder.embed([*task.queries, *task.passages])
     seconds = time.perf_counter() - started
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     return BaseEmbeddings(
-        queries=embeddings[: len(task.queries)],
-        passages=embeddings[len(task.queries) :],
-        tokens_per_second=sum(map(len, ids)) / seconds,
+        queries=rows[: len(task.queries)],
+        passages=rows[len(task.queries) :],
+        tokens_per_second=embedder.tokens / seconds,
     )

@@ -30,7 +30,7 @@ from gem_vllm.demo.retrieval import (
     nearest,
     score,
 )
-from gem_vllm.demo.server import serve
+from gem_vllm.demo.server import CONTEXT_TOKENS, serve
 from gem_vllm.errors import GemError
 
 BASE = "smollm2-135m-instruct"
@@ -156,7 +156,7 @@ def _score_base(base: Path, task: RetrievalTask, report: Report, console: Consol
     """Fill in the score before training; return the speed of a forward pass in tokens/s."""
     _heading(console, 2, f"Before: find a sentence's own paragraph among {PASSAGES}")
     with console.status("embedding by mean pooling"):
-        embeddings = embed_with_base(base, task)
+        embeddings = embed_with_base(base, task, max_tokens=CONTEXT_TOKENS)
     report.before = score(embeddings.queries, embeddings.passages)
     console.print(
         f"{QUERIES} held-back sentences, mean pooling of the base: accuracy@1 "

@@ -32,14 +32,17 @@ def serve(checkpoint: Path, log: Path, on_wait: Callable[[float], None]) -> Iter
         on_wait: called about every half second with the seconds waited so far.
 
     Raises:
-        GemError: the server ended or did not answer within `START_SECONDS`; the message closes
-            with the end of its log.
+        GemError: the server ended, did not answer within `START_SECONDS`, or stopped answering in
+            the block; the message closes with the end of its log.
     """
     port = _free_port()
     with process_group(serve_command(checkpoint, port), env=serve_environment(), log=log) as server:
         url = f"http://127.0.0.1:{port}"
         wait_until_healthy(server, url, log, on_wait)
-        yield url
+        try:
+            yield url
+        except httpx.TransportError as error:
+            raise GemError(f"vllm serve stopped answering: {error!r}\n{_tail(log)}") from error
 
 
 def serve_command(checkpoint: Path, port: int) -> list[str]:

@@ -1,14 +1,12 @@
-"""mteb's encoder protocol over whatever embeds: an engine, a server, or the base's mean pooling."""
+"""mteb's encoder protocol over whatever embeds: an engine, a server, or `mean_pooling`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 import httpx
 import numpy as np
-import torch
 from mteb.models.abs_encoder import AbsEncoder, get_prompt_name
 from mteb.models.model_meta import ModelMeta, ScoringFunction
 from tqdm import tqdm
@@ -18,8 +16,6 @@ from gem_vllm.errors import GemError
 # As much as an engine is given at once, between two moves of the progress bar.
 TEXTS_AT_ONCE = 1024
 REQUEST_TEXTS, REQUEST_SECONDS = 64, 600.0
-# Of mean pooling: padded tokens of a forward pass.
-PASS_TOKENS = 8192
 
 
 class Embedder(Protocol):
@@ -41,9 +37,9 @@ class EngineEmbedder:
         self._llm = llm
 
     def embed(self, texts: list[str]) -> np.ndarray:
-        outputs = self._llm.embed(
-            texts, tokenization_kwargs={"truncate_prompt_tokens": -1}, use_tqdm=False
-        )
+        # The side is said: vLLM's own is the left for a model that can generate.
+        truncation = {"truncate_prompt_tokens": -1, "truncation_side": "right"}
+        outputs = self._llm.embed(texts, tokenization_kwargs=truncation, use_tqdm=False)
         return np.array([output.outputs.embedding for output in outputs], dtype=np.float32)
 
 
@@ -60,7 +56,6 @@ class ServerEmbedder:
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._client = httpx.Client(base_url=url, timeout=REQUEST_SECONDS, headers=headers)
         self._url, self._model = url, model
-        self._post(["a text"])
 
     def embed(self, texts: list[str]) -> np.ndarray:
         parts = [
@@ -86,38 +81,6 @@ class ServerEmbedder:
         return [item["embedding"] for item in data]
 
 
-class MeanEmbedder:
-    """The base as it is: the mean of its last hidden states over a text's tokens, in float32.
-
-    Args:
-        base: folder of the base model.
-        max_length: tokens of a text at most.
-    """
-
-    def __init__(self, base: Path, max_length: int) -> None:
-        from gem_vllm.checkpoint import load_base
-
-        model, self._tokenizer = load_base(base, dtype=torch.float32)
-        self._decoder = model.get_decoder()
-        self._max_length = max_length
-
-    @torch.inference_mode()
-    def embed(self, texts: list[str]) -> np.ndarray:
-        encoded = self._tokenizer(texts, truncation=True, max_length=self._max_length)
-        ids = [torch.tensor(row) for row in encoded["input_ids"]]
-        vectors: dict[int, np.ndarray] = {}
-        order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
-        while order:
-            longest = len(ids[order[-1]])
-            rows = [order.pop() for _ in range(min(len(order), max(1, PASS_TOKENS // longest)))]
-            padded = torch.nn.utils.rnn.pad_sequence([ids[row] for row in rows], batch_first=True)
-            # Behind each text, where no token of it looks: causal attention needs no mask.
-            hidden = self._decoder(padded).last_hidden_state
-            for row, states in zip(rows, hidden, strict=True):
-                vectors[row] = states[: len(ids[row])].mean(dim=0).numpy()
-        return np.stack([vectors[row] for row in range(len(ids))])
-
-
 def model_meta(name: str, revision: str, prompts: Mapping[str, str] | None) -> ModelMeta:
     """What mteb keeps results by."""
     return ModelMeta.create_empty(
@@ -132,10 +95,10 @@ def model_meta(name: str, revision: str, prompts: Mapping[str, str] | None) -> M
 
 
 class GemEncoder(AbsEncoder):
-    """An `Embedder` as mteb wants one; the same text gets the same vector within a run.
+    """An `Embedder` as mteb wants one; the same text gets the same vector within a task.
 
     Args:
-        embedder: computes each text once.
+        embedder: computes each text once, until `forget`.
         name, revision: of the model, for the results.
         prompts: put before a text, by mteb's names for prompts: a task's name or type, `query` or
             `document`, or both joined with `-`.
@@ -171,3 +134,7 @@ class GemEncoder(AbsEncoder):
                 self._vectors.update(zip(part, self.model.embed(part), strict=True))
                 bar.update(len(part))
         return np.stack([self._vectors[text] for text in texts])
+
+    def forget(self) -> None:
+        """Let go of the vectors: of the next task nearly all texts are others."""
+        self._vectors.clear()

@@ -1,38 +1,17 @@
-"""lm-eval on a vLLM engine in this process: MMLU and perplexity, from local files or by name."""
+"""lm-eval on a vLLM engine in this process."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-import datasets
 from lm_eval import simple_evaluate
 from lm_eval.api.model import TemplateLM
+from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from gem_vllm.errors import GemError
-from gem_vllm.evaluation.options import HUB
-from gem_vllm.training.data import open_text, read_jsonl
-
-MMLU_SHOTS = 5
-MMLU_FIELDS = ("subject", "question", "choices", "answer")
-MMLU_SPLITS = ("dev", "test")
-# As lm-eval's own task of that name has them.
-_MMLU_TASK: dict[str, Any] = {
-    "output_type": "multiple_choice",
-    "test_split": "test",
-    "fewshot_split": "dev",
-    "fewshot_config": {"sampler": "first_n"},
-    "num_fewshot": MMLU_SHOTS,
-    "doc_to_text": "{{question.strip()}}\nA. {{choices[0]}}\nB. {{choices[1]}}\n"
-    "C. {{choices[2]}}\nD. {{choices[3]}}\nAnswer:",
-    "doc_to_choice": ["A", "B", "C", "D"],
-    "doc_to_target": "answer",
-    "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-}
 # Of a continuation: what one engine request may be asked for beside the most likely token.
 _Scored = tuple[float, bool]
 
@@ -42,6 +21,9 @@ class EngineLM(TemplateLM):
 
     Args:
         llm: of a base or of a GEM checkpoint.
+
+    Attributes:
+        cut_contexts: how many different contexts lost their start, for want of room.
     """
 
     def __init__(self, llm: Any) -> None:
@@ -49,6 +31,7 @@ class EngineLM(TemplateLM):
         self._llm = llm
         self.tokenizer = llm.get_tokenizer()
         self._max_length = llm.llm_engine.model_config.max_model_len
+        self.cut_contexts = 0
 
     @property
     def eot_token_id(self) -> int:
@@ -75,12 +58,18 @@ class EngineLM(TemplateLM):
         results: list[_Scored] = [(0.0, True)] * len(requests)
         single: dict[tuple[int, ...], list[int]] = {}
         longer: list[int] = []
+        cut: set[tuple[int, ...]] = set()
         for index, (_, context, continuation) in enumerate(requests):
+            length = len(context)
             if len(continuation) == 1:
                 # One more token is generated: it needs room.
                 single.setdefault(tuple(context[1 - self._max_length :]), []).append(index)
             else:
                 longer.append(index)
+                length += len(continuation)
+            if length >= self._max_length:
+                cut.add(tuple(context))
+        self.cut_contexts += len(cut)
         for index, scored in self._score_choices(single, [request[2] for request in requests]):
             results[index] = scored
         rows = [(requests[index][1], requests[index][2]) for index in longer]
@@ -179,117 +168,32 @@ def _prompt(token_ids: Sequence[int]) -> dict[str, list[int]]:
     return {"prompt_token_ids": list(token_ids)}
 
 
-def mmlu_tasks(source: str) -> list[str | dict[str, Any]]:
-    """lm-eval's tasks of MMLU: its own (source ``hub``), or from a folder of dev and test files.
+def load_named(tasks: list[str | dict[str, Any]]) -> None:
+    """Load the data of lm-eval's own tasks among some, which may be on the hub."""
+    if named := [task for task in tasks if isinstance(task, str)]:
+        TaskManager().load(named)
 
-    Raises GemError for a folder that does not hold them.
+
+def run_language_tasks(
+    llm: Any, tasks: list[Any], limit: int | None, shots: int | None
+) -> dict[str, Any]:
+    """lm-eval's results of some tasks on an engine, as JSON-ready values.
+
+    Beside them, ``cut_contexts`` is `EngineLM`'s.
+
+    Args:
+        llm: as of `EngineLM`.
+        tasks: names or configurations.
+        limit: of documents of each task.
+        shots: examples before each document; None for as many as a task itself has.
     """
-    if source == HUB:
-        return ["mmlu"]
-    folder = Path(source)
-    found = {split: _mmlu_rows(folder, split) for split in MMLU_SPLITS}
-    subjects = sorted({row["subject"] for row in found["test"]})
-    return [
-        {
-            **_MMLU_TASK,
-            "task": f"mmlu_{subject}",
-            "description": "The following are multiple choice questions (with answers) about "
-            f"{subject.replace('_', ' ')}.\n\n",
-            "custom_dataset": _dataset_of(
-                {
-                    split: [row for row in rows if row["subject"] == subject]
-                    for split, rows in found.items()
-                }
-            ),
-        }
-        for subject in subjects
-    ]
-
-
-def perplexity_tasks(source: str) -> list[str | dict[str, Any]]:
-    """lm-eval's task ``wikitext``: its own (source ``hub``), or the same over a file of articles.
-
-    A file is text of WikiText's form, also .gz: an article begins with a line `` = Title = ``.
-    """
-    if source == HUB:
-        return ["wikitext"]
-    from lm_eval.tasks.wikitext.preprocess_wikitext import process_results, wikitext_detokenizer
-
-    return [
-        {
-            "task": "wikitext",
-            "custom_dataset": _dataset_of({"test": _articles(Path(source))}),
-            "output_type": "loglikelihood_rolling",
-            "test_split": "test",
-            "doc_to_text": "",
-            "doc_to_target": wikitext_detokenizer,
-            "process_results": process_results,
-            "metric_list": [
-                {"metric": name} for name in ("word_perplexity", "byte_perplexity", "bits_per_byte")
-            ],
-        }
-    ]
-
-
-def run_language_tasks(llm: Any, tasks: list[Any], limit: int | None) -> dict[str, Any]:
-    """lm-eval's results of some tasks on an engine, as JSON-ready values."""
+    lm = EngineLM(llm)
     results = simple_evaluate(
-        EngineLM(llm), tasks=tasks, limit=limit, log_samples=False, bootstrap_iters=1000
+        lm,
+        tasks=tasks,
+        num_fewshot=shots,
+        limit=limit,
+        log_samples=False,
+        bootstrap_iters=1000,
     )
-    return json.loads(json.dumps(results, default=str))
-
-
-def macro_accuracy(results: dict[str, Any]) -> tuple[float, float]:
-    """MMLU as the paper has it: the mean over subjects, and its standard error."""
-    subjects = [
-        value
-        for name, value in results["results"].items()
-        if name.startswith("mmlu_") and name not in results.get("groups", {})
-    ]
-    mean = math.fsum(value["acc,none"] for value in subjects) / len(subjects)
-    errors = [value["acc_stderr,none"] for value in subjects]
-    # Of a subject of one question there is none.
-    known = [error for error in errors if error != "N/A"]
-    return mean, math.sqrt(math.fsum(error**2 for error in known)) / len(subjects)
-
-
-def _mmlu_rows(folder: Path, split: str) -> list[dict[str, Any]]:
-    files = sorted(folder.glob(f"{split}*.jsonl*")) if folder.is_dir() else []
-    if len(files) != 1:
-        raise GemError(
-            f"--mmlu {folder}: needs one file {split}*.jsonl(.gz), and holds {len(files)}; or "
-            "name hub, for lm-eval's own"
-        )
-    rows = []
-    for where, row in read_jsonl(files[0]):
-        if not isinstance(row, dict) or not set(MMLU_FIELDS) <= row.keys():
-            raise GemError(f"{where}: expected an object with {', '.join(MMLU_FIELDS)}")
-        rows.append({field: row[field] for field in MMLU_FIELDS})
-    return rows
-
-
-def _articles(file: Path) -> list[dict[str, str]]:
-    if not file.is_file():
-        raise GemError(f"--perplexity {file} is not a file; or name hub, for lm-eval's own")
-    try:
-        with open_text(file) as lines:
-            pages: list[list[str]] = []
-            for line in lines:
-                words = line.split()
-                if len(words) > 2 and words[0] == words[-1] == "=" != words[1]:
-                    pages.append([])
-                if pages:
-                    pages[-1].append(line)
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise GemError(f"--perplexity {file} cannot be read: {error}") from error
-    if not pages:
-        raise GemError(
-            f"--perplexity {file} holds no article; one begins with a line ' = Title = '"
-        )
-    return [{"page": "".join(page)} for page in pages]
-
-
-def _dataset_of(rows: dict[str, list[dict[str, Any]]]) -> Callable[..., Any]:
-    """What lm-eval calls for a task's data."""
-    splits = datasets.DatasetDict({name: datasets.Dataset.from_list(r) for name, r in rows.items()})
-    return lambda **kwargs: splits
+    return json.loads(json.dumps({**results, "cut_contexts": lm.cut_contexts}, default=str))

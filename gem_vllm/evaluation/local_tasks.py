@@ -8,7 +8,7 @@ A folder with one of these is a task; its name is the folder's:
 | PairClassification | one | sentence1, sentence2, label (0 or 1) |
 | Classification | train and another | text, label |
 | Clustering | one | text, label |
-| Reranking | one | query, positive, negative (lists) |
+| Reranking | one | query, positive, negative (lists; a row with an empty one is left out) |
 | Summarization | one | text, human_summaries, machine_summaries, relevance (lists) |
 | Retrieval | corpus, queries, qrels_SPLIT | _id, title, text; _id, text; q, d, score |
 
@@ -33,20 +33,11 @@ from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.abstasks.text.summarization import AbsTaskSummarization
 
 from gem_vllm.errors import GemError
+from gem_vllm.evaluation.local_rows import FIELDS, Row, check_rows, kind_of, read_rows
 from gem_vllm.folders import content_sha256
-from gem_vllm.training.data import is_jsonl, read_jsonl
-
-Row = dict[str, Any]
+from gem_vllm.training.data import is_jsonl
 
 SPLIT_ORDER = ("test", "dev", "validation", "train")
-# By fields, in this order: the first kind all of whose fields a row has.
-FIELDS = {
-    "STS": ("sentence1", "sentence2", "score"),
-    "PairClassification": ("sentence1", "sentence2", "label"),
-    "Reranking": ("query", "positive", "negative"),
-    "Summarization": ("text", "human_summaries", "machine_summaries", "relevance"),
-    "Classification": ("text", "label"),
-}
 MAIN_SCORES = {
     "STS": "cosine_spearman",
     "PairClassification": "cosine_ap",
@@ -80,12 +71,14 @@ def local_task(folder: Path, limit: int | None = None) -> AbsTask:
     if "corpus" in files:
         return _retrieval(folder, files, limit)
     split = _split(files)
-    rows = _read(files[split])
-    kind = _kind(files[split], rows)
+    rows = read_rows(files[split])
+    kind = kind_of(files[split], rows)
     if kind == "Classification" and "train" not in files:
         kind = "Clustering"
     elif kind == "Classification" and split == "train":
         raise GemError(f"{folder}: classification needs another split beside train")
+    if kind == "Reranking":
+        rows = _with_both(files[split], rows)
     rows = _spread(rows, limit)
     if kind == "Reranking":
         return _make(AbsTaskRetrieval, kind, folder, split, {split: _reranking(rows)})
@@ -108,8 +101,8 @@ def _pairs(folder: Path, split: str, rows: list[Row], files: dict[str, Path]) ->
 
 
 def _classification(folder: Path, split: str, rows: list[Row], files: dict[str, Path]) -> AbsTask:
-    train = _read(files["train"])
-    _check(files["train"], train, FIELDS["Classification"])
+    train = read_rows(files["train"])
+    check_rows(files["train"], train, FIELDS["Classification"])
     data = {
         "train": _dataset(train, FIELDS["Classification"]),
         split: _dataset(rows, FIELDS["Classification"]),
@@ -144,9 +137,19 @@ _SIMPLE = {
 
 def _bounds(folder: Path, scores: list[float]) -> dict[str, float]:
     """What mteb's classes scale scores by."""
-    if min(scores) == max(scores):
-        raise GemError(f"{folder}: the scores do not differ")
+    if len(set(scores)) < 2:
+        raise GemError(
+            f"{folder}: of {len(scores)} scores none differs from the others; give rows with "
+            "different ones, or a greater --limit"
+        )
     return {"min_score": min(scores), "max_score": max(scores)}
+
+
+def _with_both(file: Path, rows: list[Row]) -> list[Row]:
+    """The rows with something to tell apart; mteb's own tasks leave out the others too."""
+    if not (rows := [row for row in rows if row["positive"] and row["negative"]]):
+        raise GemError(f"{file}: no row has both positive and negative texts")
+    return rows
 
 
 def _reranking(rows: list[Row]) -> Any:
@@ -179,8 +182,8 @@ def _retrieval(folder: Path, files: dict[str, Path], limit: int | None) -> AbsTa
         ("queries", ("_id", "text")),
         (judged[split], ("q", "d", "score")),
     ):
-        found[name] = _read(files[name])
-        _check(files[name], found[name], fields)
+        found[name] = read_rows(files[name])
+        check_rows(files[name], found[name], fields)
     relevant: dict[str, dict[str, int]] = {}
     for row in found[judged[split]]:
         relevant.setdefault(row["q"], {})[row["d"]] = row["score"]
@@ -246,32 +249,6 @@ def _split(files: dict[str, Any]) -> str:
     preferred = [name for name in SPLIT_ORDER if name in files]
     others = sorted(set(files).difference(SPLIT_ORDER))
     return next(iter([*[n for n in preferred if n != "train"], *others, *preferred]))
-
-
-def _read(file: Path) -> list[Row]:
-    rows = []
-    for where, row in read_jsonl(file):
-        if not isinstance(row, dict):
-            raise GemError(f"{where}: expected an object")
-        rows.append(row)
-    if not rows:
-        raise GemError(f"{file} is empty")
-    return rows
-
-
-def _kind(file: Path, rows: list[Row]) -> str:
-    for kind, fields in FIELDS.items():
-        if set(fields) <= rows[0].keys():
-            _check(file, rows, fields)
-            return kind
-    known = "; ".join(", ".join(fields) for fields in FIELDS.values())
-    raise GemError(f"{file}: a task's rows have one of these sets of fields: {known}")
-
-
-def _check(file: Path, rows: list[Row], fields: Sequence[str]) -> None:
-    for number, row in enumerate(rows, start=1):
-        if lacks := set(fields) - row.keys():
-            raise GemError(f"{file}, row {number}: lacks {', '.join(sorted(lacks))}")
 
 
 def _dataset(rows: list[Row], fields: Sequence[str]) -> Dataset:

@@ -9,13 +9,14 @@ from typing import Any
 
 from gem_vllm.config import GemConfig
 from gem_vllm.errors import GemError
-from gem_vllm.folders import content_sha256, read_json
-from gem_vllm.machine import engine_defaults
+from gem_vllm.folders import content_sha256, read_json, refuse_inside
+from gem_vllm.machine import check_engine_options, engine_defaults
 
 PROMPT_TYPES = ("query", "document")
 # Perplexity depends on it, and texts of an embedding task are cut there: the same for all models.
 MAX_MODEL_LEN = 2048
 HUB = "hub"
+MMLU_SHOTS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,10 +67,14 @@ class EvaluateOptions:
             raise GemError("nothing to evaluate; give --local, --task, --mmlu or --perplexity")
         if self.limit is not None and self.limit < 1:
             raise GemError("--limit must be at least 1")
+        refuse_inside(self.out, *self._read_folders())
+        check_engine_options(self.engine)
 
     def engine_options(self) -> dict[str, Any]:
         """What vLLM's engine is told: ``engine`` over an evaluation's own defaults."""
-        return engine_defaults(MAX_MODEL_LEN) | self.engine
+        known = [read_json(folder / "config.json") for folder in self._model_folders()]
+        lengths = [config.get("max_position_embeddings", MAX_MODEL_LEN) for config in known]
+        return engine_defaults(min([MAX_MODEL_LEN, *lengths])) | self.engine
 
     def bound(self) -> dict[str, Any]:
         """What a result depends on; an evaluation goes on in a folder only where it is the same.
@@ -79,9 +84,20 @@ class EvaluateOptions:
         values = {name: value for name, value in asdict(self).items() if name in _BOUND}
         values |= {"base": None if self.base is None else content_sha256(self.base)}
         values |= {"mmlu": _source_hash(self.mmlu), "perplexity": _source_hash(self.perplexity)}
+        if self.mmlu == HUB:
+            values["mmlu"] = f"{HUB}, {MMLU_SHOTS}-shot"
         if self.url is None:
             values["model"] = content_sha256(Path(self.model))
         return values
+
+    def _model_folders(self) -> list[Path]:
+        model = None if self.url else Path(self.model)
+        return [folder for folder in (model, self.base) if folder is not None]
+
+    def _read_folders(self) -> list[Path]:
+        """What must stay as it is while its results are being written."""
+        others = (self.local, None if self.mmlu in (None, HUB) else Path(self.mmlu))
+        return [*self._model_folders(), *(folder for folder in others if folder is not None)]
 
 
 def _source_hash(source: str | None) -> str | None:

@@ -10,13 +10,14 @@ from typing import Any
 
 from mteb.abstasks import AbsTask
 
-from gem_vllm.evaluation.language import macro_accuracy
+from gem_vllm.compat import installed_vllm
+from gem_vllm.evaluation.language_tasks import macro_accuracy, mmlu_shots
 from gem_vllm.evaluation.options import EvaluateOptions
 from gem_vllm.folders import write_json
 from gem_vllm.machine import cpu_name, has_cuda
 from gem_vllm.training.model_card import source_commit
 
-PACKAGES = ("gem-vllm", "mteb", "lm-eval", "vllm", "torch", "transformers")
+PACKAGES = ("gem-vllm", "mteb", "lm-eval", "torch", "transformers")
 PERPLEXITY = "word_perplexity,none"
 
 
@@ -37,10 +38,14 @@ class Column:
     language: dict[str, dict[str, Any]]
 
     def language_scores(self) -> dict[str, tuple[float, float | None]]:
-        """Figures and their standard errors, by name."""
+        """Figures and their standard errors, by name; a count is an int, and has none."""
         scores: dict[str, tuple[float, float | None]] = {}
         if mmlu := self.language.get("mmlu"):
-            scores["MMLU, 5-shot, accuracy"] = macro_accuracy(mmlu)
+            title = f"MMLU, {mmlu_shots(mmlu)}-shot"
+            scores[f"{title}, accuracy"] = macro_accuracy(mmlu)
+            # A folder's results may be from before it was counted.
+            if "cut_contexts" in mmlu:
+                scores[f"{title}, prompts cut at their start"] = (mmlu["cut_contexts"], None)
         if perplexity := self.language.get("perplexity"):
             scores["WikiText, word perplexity"] = (
                 float(perplexity["results"]["wikitext"][PERPLEXITY]),
@@ -72,15 +77,20 @@ def write_report(options: EvaluateOptions, tasks: list[AbsTask], columns: list[C
 
 
 def _about(options: EvaluateOptions) -> dict[str, str]:
+    versions = {package: version(package) for package in PACKAGES}
+    if vllm := installed_vllm():
+        versions["vllm"] = vllm
+    # A server's own are not known.
+    whose = "client's " if options.url else ""
     about = {
         "model": Path(options.model).name + (" (served)" if options.url else ""),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "hardware": _hardware(),
-        "engine": str(options.engine_options()),
+        f"{whose}hardware": _hardware(),
+        **({} if options.url else {"engine": str(options.engine_options())}),
         **({} if options.base is None else {"base": "embeds by mean pooling, in float32"}),
         "prompts": str(options.prompts or "none"),
         "commit": source_commit() or "none",
-        "versions": ", ".join(f"{package} {version(package)}" for package in PACKAGES),
+        f"{whose}versions": ", ".join(map(" ".join, versions.items())),
     }
     if options.limit is not None:
         about["limit"] = f"a quick look: {options.limit} rows or queries of each task"
@@ -111,16 +121,19 @@ def _markdown(result: dict[str, Any], columns: list[Column]) -> str:
     if names:
         lines += _row(["as an LLM", *titles]) + _row(["---"] * (1 + len(titles)))
         for name in names:
-            cells = []
-            for column in columns:
-                value, error = result["language"][column.key][name]
-                cells.append(f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}"))
-            lines += _row([name, *cells])
+            found = [result["language"][column.key].get(name) for column in columns]
+            lines += _row([name, *("" if pair is None else _figure(*pair) for pair in found)])
         lines.append("")
     lines += _row(["", ""]) + _row(["---", "---"])
     for name, value in result["about"].items():
         lines += _row([name, value])
     return "\n".join(lines) + "\n"
+
+
+def _figure(value: float, error: float | None) -> str:
+    if isinstance(value, int):
+        return str(value)
+    return f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
 def _row(cells: list[str]) -> list[str]:

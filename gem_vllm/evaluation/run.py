@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import gc
 import json
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+import httpx
 import mteb
+import numpy as np
+import torch
 from mteb.abstasks import AbsTask
+from mteb.abstasks.aggregated_task import AbsTaskAggregate
 from mteb.cache import ResultCache
 
 from gem_vllm.errors import GemError
@@ -18,19 +23,26 @@ from gem_vllm.evaluation.encoder import (
     Embedder,
     EngineEmbedder,
     GemEncoder,
-    MeanEmbedder,
     ServerEmbedder,
     model_meta,
 )
-from gem_vllm.evaluation.language import mmlu_tasks, perplexity_tasks, run_language_tasks
+from gem_vllm.evaluation.language import load_named, run_language_tasks
+from gem_vllm.evaluation.language_tasks import mmlu_tasks, perplexity_tasks
 from gem_vllm.evaluation.local_tasks import find_tasks, local_task
-from gem_vllm.evaluation.options import MAY_COME_LATER, PROMPT_TYPES, EvaluateOptions
+from gem_vllm.evaluation.mean_pooling import MeanEmbedder
+from gem_vllm.evaluation.options import MAY_COME_LATER, MMLU_SHOTS, PROMPT_TYPES, EvaluateOptions
 from gem_vllm.evaluation.report import Column, write_report
 from gem_vllm.folders import write_json
-from gem_vllm.machine import environment, serve_environment
+from gem_vllm.machine import engine_workers, environment, serve_environment
 
 BOUND_FILE = "options.json"
 REVISION_CHARACTERS = 16
+# What is asked of a server, whose checkpoint cannot be seen; one checkpoint's vectors of it agree
+# to this cosine, whatever its server's arithmetic.
+PROBE = "The old stone bridge crosses the river near the library."
+SAME_COSINE = 0.999
+# Examples before each question, by kind of language task; others have their tasks' own number.
+SHOTS = {"mmlu": MMLU_SHOTS}
 
 Report = Callable[[str], None]
 
@@ -52,13 +64,22 @@ def evaluate(options: EvaluateOptions, report: Report = lambda line: None) -> Pa
     tasks = _embedding_tasks(options)
     language = _language_tasks(options)
     _check_prompts(options, tasks)
-    bound = _bind(options)
+    server: Embedder | None = None
+    if options.url is not None:
+        server = ServerEmbedder(options.url, options.model, options.api_key)
+    bound = _bind(options, server)
+    fetch = functools.cache(lambda: _fetch(tasks, language))
     columns = []
     if options.base is not None:
         revision = bound["base"][:REVISION_CHARACTERS]
-        columns.append(_base_column(options, options.base, revision, tasks, language, report))
-    revision = "served" if options.url else bound["model"][:REVISION_CHARACTERS]
-    columns.append(_gem_column(options, revision, tasks, language, report))
+        columns.append(
+            _base_column(options, options.base, revision, tasks, language, fetch, report)
+        )
+    if server is None:
+        revision = bound["model"][:REVISION_CHARACTERS]
+        columns.append(_gem_column(options, revision, tasks, language, fetch, report))
+    else:
+        columns.append(_served_column(options, server, tasks, fetch, report))
     write_report(options, tasks, columns)
     return options.out
 
@@ -102,10 +123,34 @@ def _check_prompts(options: EvaluateOptions, tasks: list[AbsTask]) -> None:
         )
 
 
-def _bind(options: EvaluateOptions) -> dict[str, Any]:
+def _fetch(tasks: list[AbsTask], language: dict[str, list[Any]]) -> None:
+    """Download what is not here yet, so that a missing network is known before long work.
+
+    The data are let go of again, and loaded from the disk when their task's turn comes.
+    """
+    name = ""
+    try:
+        for task in tasks:
+            name = f"--task {task.metadata.name}"
+            parts = task.metadata.tasks if isinstance(task, AbsTaskAggregate) else [task]
+            for part in parts:
+                if not part.data_loaded:
+                    part.load_data()
+                    part.unload_data()
+        for kind, configs in language.items():
+            name = f"--{kind} hub"
+            load_named(configs)
+    except (OSError, httpx.HTTPError) as error:
+        raise GemError(
+            f"the data of {name} cannot be loaded: {error}; they are downloaded: check the network"
+        ) from error
+
+
+def _bind(options: EvaluateOptions, server: Embedder | None) -> dict[str, Any]:
     """Let the folder be this evaluation's, or raise GemError with what differs; to what it is."""
     file = options.out / BOUND_FILE
     bound = json.loads(json.dumps(options.bound()))
+    probe = None if server is None else server.embed([PROBE])[0].tolist()
     if file.is_file():
         before = json.loads(file.read_text(encoding="utf-8"))
         for name in MAY_COME_LATER:
@@ -113,6 +158,9 @@ def _bind(options: EvaluateOptions) -> dict[str, Any]:
             known = bound[name] or before.get(name)
             bound[name], before[name] = known, before.get(name) or known
         differs = [name for name, value in bound.items() if before.get(name) != value]
+        if probe is not None and not _agree(probe, before.get("probe", probe)):
+            differs.append("checkpoint behind --url")
+        probe = before.get("probe", probe)
         if differs:
             raise GemError(
                 f"{options.out} holds an evaluation with another {', '.join(differs)}; choose "
@@ -121,8 +169,16 @@ def _bind(options: EvaluateOptions) -> dict[str, Any]:
     elif options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         raise GemError(f"--out {options.out} holds something else; choose a new or empty folder")
     options.out.mkdir(parents=True, exist_ok=True)
-    write_json(file, bound)
+    write_json(file, bound if probe is None else {**bound, "probe": probe})
     return bound
+
+
+def _agree(one: list[float], other: list[float]) -> bool:
+    """Whether two vectors are of one checkpoint."""
+    if len(one) != len(other):
+        return False
+    norms = np.linalg.norm(one) * np.linalg.norm(other)
+    return bool(np.dot(one, other) >= SAME_COSINE * norms)
 
 
 def _base_column(
@@ -131,6 +187,7 @@ def _base_column(
     revision: str,
     tasks: list[AbsTask],
     language: dict[str, list[Any]],
+    fetch: Callable[[], None],
     report: Report,
 ) -> Column:
     name = base.resolve().name
@@ -140,8 +197,11 @@ def _base_column(
         report(f"{name}: mean pooling of the base, float32")
         return MeanEmbedder(base, options.engine_options()["max_model_len"])
 
-    _embed(options, tasks, column, embedder, f"{name}-mean", revision)
-    with _lazy_engine(options, str(base), report) as engine:
+    _embed(options, tasks, column, embedder, f"{name}-mean", revision, fetch)
+    # A GPU's memory is the engine's from here on.
+    gc.collect()
+    torch.cuda.empty_cache()
+    with _lazy_engine(options, str(base), fetch, report) as engine:
         _speak(options, language, column, engine, f"{name}-{revision}")
     return column
 
@@ -151,18 +211,28 @@ def _gem_column(
     revision: str,
     tasks: list[AbsTask],
     language: dict[str, list[Any]],
+    fetch: Callable[[], None],
     report: Report,
 ) -> Column:
     name = Path(options.model).name
     column = Column("gem", name, {}, {})
-    if options.url is not None:
-        report(f"{name}: embeddings from {options.url}")
-        server = partial(ServerEmbedder, options.url, options.model, options.api_key)
-        _embed(options, tasks, column, server, name, revision)
-        return column
-    with _lazy_engine(options, options.model, report) as engine:
-        _embed(options, tasks, column, lambda: EngineEmbedder(engine()), name, revision)
+    with _lazy_engine(options, options.model, fetch, report) as engine:
+        _embed(options, tasks, column, lambda: EngineEmbedder(engine()), name, revision, fetch)
         _speak(options, language, column, engine, f"{name}-{revision}")
+    return column
+
+
+def _served_column(
+    options: EvaluateOptions,
+    server: Embedder,
+    tasks: list[AbsTask],
+    fetch: Callable[[], None],
+    report: Report,
+) -> Column:
+    name = Path(options.model).name
+    column = Column("gem", name, {}, {})
+    report(f"{name}: embeddings from {options.url}")
+    _embed(options, tasks, column, lambda: server, name, "served", fetch)
     return column
 
 
@@ -173,23 +243,28 @@ def _embed(
     embedder: Callable[[], Embedder],
     name: str,
     revision: str,
+    fetch: Callable[[], None],
 ) -> None:
-    """Run the embedding tasks that have no result yet."""
+    """Run the embedding tasks, and of those with several parts the parts, that have no result."""
     cache = ResultCache(options.out / "mteb")
     meta = model_meta(name, revision, options.prompts)
     encoder: GemEncoder | None = None
     for task in tasks:
         result = cache.load_task_result(task.metadata.name, meta)
-        if result is None or result.dataset_revision != task.metadata.revision:
-            encoder = encoder or GemEncoder(embedder(), name, revision, options.prompts)
+        known = result is not None and result.dataset_revision == task.metadata.revision
+        if not known or result.get_missing_evaluations(task):
+            if encoder is None:
+                fetch()
+                encoder = GemEncoder(embedder(), name, revision, options.prompts)
             (result,) = mteb.evaluate(
                 encoder,
                 task,
                 cache=cache,
-                overwrite_strategy="always",
+                overwrite_strategy="only-missing" if known else "always",
                 co2_tracker=False,
                 show_progress_bar=False,
             ).task_results
+            encoder.forget()
         column.embedding[task.metadata.name] = float(result.main_score)
 
 
@@ -205,7 +280,7 @@ def _speak(
     for kind, configs in tasks.items():
         file = folder / f"{kind}.json"
         if not file.is_file():
-            result = run_language_tasks(engine(), configs, options.limit)
+            result = run_language_tasks(engine(), configs, options.limit, SHOTS.get(kind))
             folder.mkdir(parents=True, exist_ok=True)
             write_json(file, result)
         column.language[kind] = json.loads(file.read_text(encoding="utf-8"))
@@ -213,17 +288,18 @@ def _speak(
 
 @contextlib.contextmanager
 def _lazy_engine(
-    options: EvaluateOptions, model: str, report: Report
+    options: EvaluateOptions, model: str, fetch: Callable[[], None], report: Report
 ) -> Iterator[Callable[[], Any]]:
     """A function for the engine of a model, which is started when it is first asked for."""
     started: list[Any] = []
 
     def engine() -> Any:
         if not started:
+            fetch()
             report(f"{Path(model).name}: starting vLLM")
             from vllm import LLM
 
-            with environment(serve_environment()):
+            with environment(serve_environment(engine_workers(options.engine))):
                 started.append(LLM(model, **options.engine_options()))
         return started[0]
 

@@ -173,7 +173,7 @@ def _patch_compressed_completions() -> None:
         for engine_input in engine_inputs:
             if "compress" in asked:
                 compress_prompt(engine_input, gem_config)
-            if request.echo:
+            if getattr(request, "echo", False):  # A request to tokenize has none.
                 refuse_echo(engine_input, gem_config)
         return engine_inputs
 

@@ -57,6 +57,7 @@ def run(
         ({"max_tokens": "0"}, "--max-tokens is 0"),
         ({"rows_per_shard": "0"}, "--rows-per-shard is 0"),
         ({"min_replicas": "0"}, "--min-replicas 0"),
+        ({"min_replicas": "2", "max_replicas": "1"}, "--min-replicas 2 --max-replicas 1"),
         ({"cpus_per_replica": "0.5"}, "--cpus-per-replica is 0.5"),
         ({"tensor_parallel_size": "0"}, "--tensor-parallel-size is 0"),
         ({"engine": "{"}, "--engine is not JSON"),

@@ -19,7 +19,7 @@ from gem_vllm.checkpoint import (
     load_checkpoint,
 )
 from gem_vllm.config import GemConfig
-from gem_vllm.errors import GemConfigError
+from gem_vllm.errors import GemConfigError, GemError
 from gem_vllm.reference import ReferenceEmbedder
 from tests.tiny import FAMILIES, make_tiny_base, make_tiny_checkpoint
 
@@ -50,6 +50,19 @@ def test_embeddings_are_the_same(tiny_base, tiny_checkpoint, tmp_path):
         ReferenceEmbedder(folder).embed(TEXTS) for folder in (tiny_checkpoint(), tmp_path / "again")
     )
     assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("place", [".", "adapter"])
+def test_nothing_is_written_into_what_is_read(place, tiny_base, tiny_checkpoint, tmp_path):
+    folder = tiny_checkpoint()
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(GemError, match=r"is in .*, which is read; choose a folder beside it"):
+        extract_adapter(folder, folder / place)
+    assert sorted(folder.rglob("*")) == before
+    extract_adapter(folder, tmp_path / "adapter")
+    for source in (tiny_base(), tmp_path / "adapter"):
+        with pytest.raises(GemError, match="which is read"):
+            apply_adapter(tiny_base(), tmp_path / "adapter", source / place)
 
 
 @pytest.mark.parametrize("spare_rows", [1, 2, 9])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
 
-from gem_vllm import machine
+from gem_vllm import compat, machine
+from gem_vllm.errors import GemError
 
 
 @pytest.mark.parametrize(
@@ -27,6 +29,7 @@ def test_vllm_gets_every_core(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {3, 1})
     monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
     assert machine.serve_environment()["VLLM_CPU_OMP_THREADS_BIND"] == "1,3"
+    assert machine.serve_environment(workers=2)["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0")
     assert machine.serve_environment()["VLLM_CPU_OMP_THREADS_BIND"] == "0"
 
@@ -42,9 +45,29 @@ def test_one_openmp_is_preloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert machine.serve_environment()["LD_PRELOAD"] == f"{openmp}:/a/libtcmalloc.so:/b/c.so"
 
 
-@pytest.mark.parametrize(("version", "cpu"), [("0.32.0+cpu", True), ("0.32.0", False)])
+@pytest.mark.parametrize(
+    ("installed", "cpu"),
+    [
+        ({"vllm": "0.32.0+cpu", "vllm-cpu": "0.32.0"}, True),
+        ({"vllm-cpu": "0.32.0"}, True),
+        ({"vllm": "0.32.0"}, False),
+        ({}, False),
+    ],
+)
 def test_the_build_says_what_vllm_runs_on(
-    version: str, cpu: bool, monkeypatch: pytest.MonkeyPatch
+    installed: dict[str, str], cpu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine, "version", lambda name: version)
+    def version(name: str) -> str:
+        if name not in installed:
+            raise PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(compat, "version", version)
     assert machine.is_cpu_build() is cpu
+
+
+@pytest.mark.parametrize("option", ["model", "no_such_option"])
+def test_an_option_that_is_not_the_engines_is_named(option: str) -> None:
+    machine.check_engine_options({"max_model_len": 512, "compilation_config": 0})
+    with pytest.raises(GemError, match=f"--engine cannot set {option}: "):
+        machine.check_engine_options({"max_model_len": 512, option: 1})

@@ -55,7 +55,7 @@ def fake_vllm(patch: pytest.MonkeyPatch) -> None:
 def without_a_model(patch: pytest.MonkeyPatch) -> None:
     """No torch: random embeddings of the base, and a machine without CUDA."""
 
-    def embed(base: Path, task: RetrievalTask) -> BaseEmbeddings:
+    def embed(base: Path, task: RetrievalTask, *, max_tokens: int) -> BaseEmbeddings:
         rows = np.random.default_rng(0).normal(size=(len(task.passages), 8)).astype(np.float32)
         return BaseEmbeddings(rows[: len(task.queries)], rows, tokens_per_second=100.0)
 

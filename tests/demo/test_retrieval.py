@@ -72,7 +72,7 @@ def test_the_shipped_text_is_small_and_not_shared_between_the_files() -> None:
 def test_base_embeddings_are_mean_pooled_text_by_text(tmp_path: Path) -> None:
     make_tiny_base("llama", tmp_path)
     task = RetrievalTask(passages=["one two three", "four", "five six"], queries=["two"])
-    result = embed_with_base(tmp_path, task, batch_size=2)
+    result = embed_with_base(tmp_path, task, max_tokens=64)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     model = AutoModel.from_pretrained(tmp_path, dtype=torch.float32).eval()
     embeddings = [*result.queries, *result.passages]

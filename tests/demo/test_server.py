@@ -35,6 +35,15 @@ def test_a_server_that_ends_is_an_error_with_the_end_of_its_log(tmp_path: Path) 
 
 
 @pytest.mark.usefixtures("fake_vllm")
+def test_a_server_that_stops_answering_is_an_error_with_the_end_of_its_log(tmp_path: Path) -> None:
+    with (
+        pytest.raises(GemError, match=r"(?s)stopped answering: ReadError.*the end of .*log"),
+        server.serve(tmp_path, tmp_path / "log", no_wait),
+    ):
+        raise httpx.ReadError("")
+
+
+@pytest.mark.usefixtures("fake_vllm")
 def test_a_server_that_never_answers_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,8 @@ from mteb.models import EncoderProtocol
 from mteb.types import PromptType
 
 from gem_vllm.checkpoint import load_base
-from gem_vllm.evaluation.encoder import GemEncoder, MeanEmbedder
+from gem_vllm.evaluation.encoder import GemEncoder
+from gem_vllm.evaluation.mean_pooling import MeanEmbedder
 from tests.evaluation.conftest import TopicEmbedder
 
 TASK = SimpleNamespace(name="Some", type="Retrieval")
@@ -36,6 +37,9 @@ def test_a_text_is_embedded_once_and_keeps_its_place(topic_embedder: TopicEmbedd
     assert topic_embedder.calls == [["moon", "bread"], ["river"]]
     np.testing.assert_array_equal(first[[0, 1]], [first[2], again[0]])
     assert first[0].argmax() == 2
+    encoder.forget()
+    encode(encoder, [["river"]])
+    assert topic_embedder.calls[2:] == [["river"]]
 
 
 def test_prompts_go_before_texts_by_kind(topic_embedder: TopicEmbedder) -> None:
@@ -58,7 +62,9 @@ def test_mean_pooling_in_batches_is_that_of_each_text_alone(
     base = tiny_base("gemma3")  # with a layer of a sliding window
     model, tokenizer = load_base(base, dtype=torch.float32)
     texts = ["bread", "In 1969 the first people walked on the moon. " * 4, "an old stone bridge"]
-    found = MeanEmbedder(base, 40).embed(texts)
+    embedder = MeanEmbedder(base, 40)
+    found = embedder.embed(texts)
+    assert embedder.tokens == sum(min(40, len(tokenizer(text)["input_ids"])) for text in texts)
     for text, row in zip(texts, found, strict=True):
         ids = torch.tensor([tokenizer(text)["input_ids"][:40]])
         with torch.inference_mode():

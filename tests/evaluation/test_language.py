@@ -1,23 +1,28 @@
-"""lm-eval over an engine: the reference's log-likelihoods, and the base's from a GEM checkpoint."""
+"""An engine under lm-eval: the reference's log-likelihoods; and under mteb: which end is cut."""
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lm_eval.api.instance import Instance
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gem_vllm.errors import GemError
-from gem_vllm.evaluation.language import (
-    EngineLM,
+from gem_vllm.evaluation.encoder import EngineEmbedder
+from gem_vllm.evaluation.language import EngineLM, run_language_tasks
+from gem_vllm.evaluation.language_tasks import (
     macro_accuracy,
+    mmlu_shots,
     mmlu_tasks,
     perplexity_tasks,
-    run_language_tasks,
 )
+from tests.evaluation.conftest import MMLU_ROWS, write_rows
 from tests.plugin.conftest import running_engine
 
 LENGTH = 64
@@ -118,15 +123,17 @@ def test_generation_is_greedy_and_stops_where_it_should(lm: EngineLM, reference:
 
 
 def test_mmlu_and_perplexity_from_files(lm: EngineLM, mmlu_folder: Path, articles: Path) -> None:
-    tasks = [*mmlu_tasks(str(mmlu_folder)), *perplexity_tasks(str(articles))]
-    found = run_language_tasks(lm._llm, tasks, None)
+    found = run_language_tasks(lm._llm, mmlu_tasks(str(mmlu_folder)), None, 5)
     assert found["n-samples"]["mmlu_anatomy"]["effective"] == 3
-    assert found["n-samples"]["wikitext"]["effective"] == 2
-    assert found["configs"]["mmlu_anatomy"]["num_fewshot"] == 5
+    assert mmlu_shots(found) == found["configs"]["mmlu_anatomy"]["num_fewshot"] == 5
+    assert found["cut_contexts"] == 2 * MMLU_ROWS  # five questions are more than `LENGTH` tokens
     accuracy, error = macro_accuracy(found)
     subjects = [found["results"][f"mmlu_{name}"] for name in ("anatomy", "high_school_counting")]
     assert accuracy == pytest.approx(sum(subject["acc,none"] for subject in subjects) / 2)
     assert 0 <= error <= 1
+    found = run_language_tasks(lm._llm, perplexity_tasks(str(articles)), None, None)
+    assert found["n-samples"]["wikitext"]["effective"] == 2
+    assert found["cut_contexts"] == 0
     assert found["results"]["wikitext"]["word_perplexity,none"] > 1
 
 
@@ -143,6 +150,31 @@ def test_the_macro_average_leaves_groups_out_and_takes_a_subject_of_one_question
     assert macro_accuracy(results) == pytest.approx((0.75, 0.1))
 
 
+def test_a_long_text_is_embedded_from_its_start(lm: EngineLM) -> None:
+    half = "A library keeps books, maps and newspapers. " * 20
+    one, other, end = EngineEmbedder(lm._llm).embed([half, f"{half} {PAIRS[-1][0]}", PAIRS[-1][0]])
+    np.testing.assert_allclose(one, other, atol=1e-5)
+    assert not np.allclose(one, end, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("rows", "change", "message"),
+    [
+        (4, {}, "dev has 4 rows of bread; 5 are shown"),
+        (5, {"answer": 4}, "line 1: answer must be a choice's number, from 0 to 3"),
+        (5, {"choices": ["yes", "no"]}, "line 1: choices must be a list of 4"),
+    ],
+)
+def test_rows_that_are_not_mmlus_are_refused(
+    rows: int, change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    row = {"subject": "bread", "question": "?", "choices": ["1", "2", "3", "4"], "answer": 3}
+    write_rows(tmp_path / "dev.jsonl", [{**row, **change}] * rows)
+    write_rows(tmp_path / "test.jsonl", [row])
+    with pytest.raises(GemError, match=message):
+        mmlu_tasks(str(tmp_path))
+
+
 def test_missing_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(GemError, match=r"needs one file dev\*"):
         mmlu_tasks(str(tmp_path))
@@ -151,3 +183,8 @@ def test_missing_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "plain.txt").write_text("no headings here\n")
     with pytest.raises(GemError, match="holds no article"):
         perplexity_tasks(str(tmp_path / "plain.txt"))
+    packed = bytearray(gzip.compress(b" = Bread = \n\n Flour . \n" * 9))
+    packed[14:18] = b"\xff" * 4
+    (tmp_path / "broken.txt.gz").write_bytes(packed)
+    with pytest.raises(GemError, match="cannot be read"):
+        perplexity_tasks(str(tmp_path / "broken.txt.gz"))

