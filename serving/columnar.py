@@ -16,6 +16,32 @@ import pyarrow.parquet as pq
 CHUNK_ROWS = 512
 
 
+@dataclass(frozen=True)
+class Extent:
+    """What counting a file's rows tells.
+
+    Attributes:
+        rows: bad ones included.
+        marks: byte at which row ``mark_rows`` begins, and the one twice as far, and so on; none
+            where a file cannot be read from its middle.
+        mark_rows: from one mark to the next.
+    """
+
+    rows: int
+    marks: tuple[int, ...] = ()
+    mark_rows: int = 1
+
+
+@dataclass(frozen=True)
+class RowRange:
+    """Rows ``start`` to ``stop`` of a file, which are found from ``from_row``, at ``from_byte``."""
+
+    start: int
+    stop: int
+    from_row: int = 0
+    from_byte: int = 0
+
+
 @dataclass
 class Chunk:
     """Some rows of a file, one after the other.
@@ -63,57 +89,53 @@ def arrow_types(url: str, names: Sequence[str]) -> dict[str, pa.DataType]:
         return _plain_types(reader.schema)
 
 
-def count_parquet(url: str) -> int:
+def count_parquet(url: str) -> Extent:
     """Rows of a Parquet file."""
     with fsspec.open(url, "rb") as stream:
-        return int(pq.ParquetFile(stream).metadata.num_rows)
+        return Extent(int(pq.ParquetFile(stream).metadata.num_rows))
 
 
-def count_arrow(url: str) -> int:
+def count_arrow(url: str) -> Extent:
     """Rows of an Arrow stream, which has no index: it is gone through."""
     with _arrow_reader(url) as reader:
-        return sum(len(batch) for batch in reader)
+        return Extent(sum(len(batch) for batch in reader))
 
 
 def read_parquet(
-    url: str, start: int, stop: int, types: dict[str, pa.DataType], text: str
+    url: str, rows: RowRange, types: dict[str, pa.DataType], text: str
 ) -> Iterator[Chunk]:
-    """Rows ``start`` to ``stop``; of the row groups, only those that have some of them."""
+    """Rows of a Parquet file; of its row groups, only those that have some of them are read."""
     with fsspec.open(url, "rb") as stream:
         file = pq.ParquetFile(stream)
         first = 0
         for group in range(file.metadata.num_row_groups):
-            rows = file.metadata.row_group(group).num_rows
-            if first < stop and first + rows > start:
+            behind = first + file.metadata.row_group(group).num_rows
+            if first < rows.stop and behind > rows.start:
                 batches = file.iter_batches(CHUNK_ROWS, [group], columns=list(types))
-                yield from _chunks(batches, first, start, stop, types)
-            first += rows
+                yield from _chunks(batches, first, rows, types)
+            first = behind
 
 
 def read_arrow(
-    url: str, start: int, stop: int, types: dict[str, pa.DataType], text: str
+    url: str, rows: RowRange, types: dict[str, pa.DataType], text: str
 ) -> Iterator[Chunk]:
-    """Rows ``start`` to ``stop``, a record batch at a time."""
+    """Rows of an Arrow stream, a record batch at a time."""
     with _arrow_reader(url) as reader:
-        yield from _chunks(reader, 0, start, stop, types)
+        yield from _chunks(reader, 0, rows, types)
 
 
 def _chunks(
-    batches: Iterable[pa.RecordBatch],
-    at: int,
-    start: int,
-    stop: int,
-    types: dict[str, pa.DataType],
+    batches: Iterable[pa.RecordBatch], at: int, rows: RowRange, types: dict[str, pa.DataType]
 ) -> Iterator[Chunk]:
     """What ``batches``, of which the first begins with row ``at``, have of the rows."""
     for batch in batches:
         if missing := types.keys() - set(batch.schema.names):
             raise pa.ArrowInvalid(f"it has no column '{min(missing)}'")
-        for low in range(max(start - at, 0), min(stop - at, len(batch)), CHUNK_ROWS):
-            part = batch.slice(low, min(CHUNK_ROWS, stop - at - low))
+        for low in range(max(rows.start - at, 0), min(rows.stop - at, len(batch)), CHUNK_ROWS):
+            part = batch.slice(low, min(CHUNK_ROWS, rows.stop - at - low))
             yield Chunk(at + low, {n: part.column(n).cast(t) for n, t in types.items()})
         at += len(batch)
-        if at >= stop:
+        if at >= rows.stop:
             return
 
 

@@ -21,7 +21,7 @@ from fsspec.utils import glob_translate
 
 from gem_vllm.errors import GemError
 from gem_vllm.serving import columnar, lines
-from gem_vllm.serving.columnar import Chunk, is_open_type, merged_type
+from gem_vllm.serving.columnar import Chunk, Extent, RowRange, is_open_type, merged_type
 from gem_vllm.serving.errors import first_line
 
 
@@ -32,7 +32,7 @@ class Format:
     Attributes:
         name: for messages.
         types: the columns of a file, by its URL and the names that matter.
-        count: rows of a file, bad ones included.
+        count: rows of a file, bad ones included, and where in it they are.
         read: as `read_rows`, with the URL first.
         headed: whether every file says what its columns are; else the first that shows it will do.
         typed: whether a column has one type, so that it is known whether it holds text.
@@ -40,8 +40,8 @@ class Format:
 
     name: str
     types: Callable[[str, Sequence[str]], dict[str, pa.DataType]]
-    count: Callable[[str], int]
-    read: Callable[[str, int, int, dict[str, pa.DataType], str], Iterator[Chunk]]
+    count: Callable[[str], Extent]
+    read: Callable[[str, RowRange, dict[str, pa.DataType], str], Iterator[Chunk]]
     headed: bool = False
     typed: bool = False
 
@@ -209,8 +209,8 @@ def _add_types(
         types[name] = known if merged is None else merged
 
 
-def count_rows(file: InputFile) -> int:
-    """Rows of a file, bad ones included; GemError for a file that ends too early, or is no such."""
+def count_rows(file: InputFile) -> Extent:
+    """The rows of a file; GemError for a file that ends too early, or is none of its format."""
     try:
         return file.format.count(file.url)
     except BROKEN_FILE as error:
@@ -218,18 +218,17 @@ def count_rows(file: InputFile) -> int:
 
 
 def read_rows(
-    file: InputFile, start: int, stop: int, types: dict[str, pa.DataType], text: str
+    file: InputFile, rows: RowRange, types: dict[str, pa.DataType], text: str
 ) -> Iterator[Chunk]:
-    """Rows ``start`` to ``stop`` of a file in chunks of at most `columnar.CHUNK_ROWS`.
+    """Rows of a file in chunks of at most `columnar.CHUNK_ROWS`.
 
     Args:
         file: to read.
-        start: number of the first row.
-        stop: number of the row behind the last.
+        rows: which.
         types: columns to read, by name.
         text: name of the column with the text.
     """
-    return file.format.read(file.url, start, stop, {**types, text: pa.large_binary()}, text)
+    return file.format.read(file.url, rows, {**types, text: pa.large_binary()}, text)
 
 
 def _is_text(type_: pa.DataType) -> bool:

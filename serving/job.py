@@ -19,6 +19,7 @@ import ray
 
 from gem_vllm.errors import GemError
 from gem_vllm.folders import content_sha256
+from gem_vllm.serving.columnar import Extent
 from gem_vllm.serving.errors import JobError
 from gem_vllm.serving.inputs import InputFile, column_types, count_rows, list_files, would_read
 from gem_vllm.serving.manifest import (
@@ -77,12 +78,13 @@ def run_embed_job(
     }
 
     def new_plan() -> Plan:
-        rows = _count(files)
+        extents = _count(files)
+        rows = sum(extent.rows for extent in extents)
         chosen = options.rows_per_shard or min(
-            max(sum(rows) // (SHARDS_PER_REPLICA * replicas.max_replicas), SHARD_ROWS[0]),
+            max(rows // (SHARDS_PER_REPLICA * replicas.max_replicas), SHARD_ROWS[0]),
             SHARD_ROWS[1],
         )
-        return make_plan(bound, files, rows, chosen)
+        return make_plan(bound, files, extents, chosen)
 
     with ray_cluster(replicas), output.open_plan(bound, new_plan) as plan:
         output.remove_scraps()
@@ -113,10 +115,11 @@ def run_embed_job(
     return summary
 
 
-def _count(files: list[InputFile]) -> list[int]:
+def _count(files: list[InputFile]) -> list[Extent]:
     """Rows of each file, by tasks of the cluster."""
+    count = ray.remote(count_rows)
     try:
-        return ray.get([ray.remote(count_rows).remote(file) for file in files])
+        return ray.get([count.remote(file) for file in files])
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, GemError):
             # Without the traceback, which is in the text of Ray's own.

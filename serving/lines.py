@@ -9,18 +9,28 @@ import codecs
 import csv
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import IO, Any
 
 import fsspec
 import pyarrow as pa
 
-from gem_vllm.serving.columnar import CHUNK_ROWS, Chunk, is_open_type, merged_type
+from gem_vllm.serving.columnar import (
+    CHUNK_ROWS,
+    Chunk,
+    Extent,
+    RowRange,
+    is_open_type,
+    merged_type,
+)
 from gem_vllm.serving.errors import first_line
 
 TEXT_COLUMN = "text"
 SAMPLED_ROWS = 1000
+# A shard is found from the row of this number, or a multiple of it, that is before it.
+MARK_ROWS = 4096
 # Characters of a CSV field: more than a model takes, less than what follows a quote without an end.
 FIELD_LIMIT = 1 << 24
 # What Arrow raises for a value that is not of the type it is asked for.
@@ -35,7 +45,7 @@ def json_types(url: str, names: Sequence[str]) -> dict[str, pa.DataType]:
 
     While one of ``names`` has only nulls or empty lists there, its type is looked for further on.
     """
-    rows = _json_rows(url, 0, None)
+    rows = _json_rows(url)
     types: dict[str, pa.DataType] = {}
     while sample := list(islice(rows, SAMPLED_ROWS)):
         for name, type_ in _types_of(sample).items():
@@ -57,36 +67,51 @@ def text_types(url: str, names: Sequence[str]) -> dict[str, pa.DataType]:
     return {TEXT_COLUMN: pa.string()}
 
 
-def count_lines(url: str) -> int:
+def count_lines(url: str) -> Extent:
     """Rows of a file of JSON lines or text."""
-    return sum(1 for _ in _lines(url))
+    read = _Read()
+    return _extent(url, _lines(url, read=read), read)
 
 
-def count_csv(url: str) -> int:
+def count_csv(url: str) -> Extent:
     """Rows of a CSV file, without its first line."""
-    with _text_stream(url) as stream:
-        return max(0, sum(1 for _ in _csv_reader(stream)) - 1)
+    with _byte_stream(url) as stream:
+        is_marked = stream.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
+    read = _Read(len(codecs.BOM_UTF8) if is_marked else 0)
+    with _text_stream(url) as lines:
+        rows = _csv_reader(_noted(lines, read))
+        next(rows, None)
+        return _extent(url, rows, read)
+
+
+def _extent(url: str, rows: Iterable[Any], read: _Read) -> Extent:
+    """Of ``rows``, whose bytes are noted as they are gone through."""
+    marks: list[int] = []
+    count = 0
+    for count, _ in enumerate(rows, start=1):
+        if count % MARK_ROWS == 0:
+            marks.append(read.bytes)
+    # Decompressed bytes are no place in a file.
+    return Extent(count, () if url.endswith(".gz") else tuple(marks), MARK_ROWS)
 
 
 def read_json(
-    url: str, start: int, stop: int, types: dict[str, pa.DataType], text: str
+    url: str, rows: RowRange, types: dict[str, pa.DataType], text: str
 ) -> Iterator[Chunk]:
-    """Rows ``start`` to ``stop`` of JSON lines."""
-    return _chunks(_json_rows(url, start, stop), start, types, text)
+    """Rows of JSON lines."""
+    return _chunks(_json_rows(url, rows), rows.start, types, text)
 
 
-def read_csv(
-    url: str, start: int, stop: int, types: dict[str, pa.DataType], text: str
-) -> Iterator[Chunk]:
-    """Rows ``start`` to ``stop`` of a CSV file."""
-    return _chunks(_csv_rows(url, start, stop), start, types, text)
+def read_csv(url: str, rows: RowRange, types: dict[str, pa.DataType], text: str) -> Iterator[Chunk]:
+    """Rows of a CSV file."""
+    return _chunks(_csv_rows(url, rows), rows.start, types, text)
 
 
 def read_text(
-    url: str, start: int, stop: int, types: dict[str, pa.DataType], text: str
+    url: str, rows: RowRange, types: dict[str, pa.DataType], text: str
 ) -> Iterator[Chunk]:
-    """Rows ``start`` to ``stop`` of a text file."""
-    return _chunks(_text_rows(url, start, stop), start, types, text)
+    """Rows of a text file."""
+    return _chunks(_text_rows(url, rows), rows.start, types, text)
 
 
 def _chunks(
@@ -97,8 +122,8 @@ def _chunks(
         start += len(some)
 
 
-def _json_rows(url: str, start: int, stop: int | None) -> Iterator[_Row]:
-    for line in islice(_lines(url), start, stop):
+def _json_rows(url: str, rows: RowRange | None = None) -> Iterator[_Row]:
+    for line in _lines(url) if rows is None else _lines_of(url, rows):
         try:
             row = json.loads(line.decode("utf-8"))
         except UnicodeDecodeError:
@@ -111,19 +136,22 @@ def _json_rows(url: str, start: int, stop: int | None) -> Iterator[_Row]:
             yield (row, "") if isinstance(row, dict) else (None, "not a JSON object")
 
 
-def _csv_rows(url: str, start: int, stop: int) -> Iterator[_Row]:
+def _csv_rows(url: str, rows: RowRange) -> Iterator[_Row]:
     with _text_stream(url) as stream:
+        names = next(_csv_reader(stream), [])
+    with _text_stream(url, rows.from_byte) as stream:
         reader = _csv_reader(stream)
-        names = next(reader, [])
-        for fields in islice(reader, start, stop):
+        if not rows.from_byte:
+            next(reader, None)
+        for fields in islice(reader, rows.start - rows.from_row, rows.stop - rows.from_row):
             if len(fields) == len(names):
                 yield dict(zip(names, fields, strict=True)), ""
             else:
                 yield None, f"{len(fields)} fields, the first line has {len(names)}"
 
 
-def _text_rows(url: str, start: int, stop: int) -> Iterator[_Row]:
-    for line in islice(_lines(url), start, stop):
+def _text_rows(url: str, rows: RowRange) -> Iterator[_Row]:
+    for line in _lines_of(url, rows):
         yield {TEXT_COLUMN: line.rstrip(b"\r\n")}, ""
 
 
@@ -203,22 +231,48 @@ def _same(value: Any, held: Any) -> bool:
     return bool(value == held or (value != value and held != held))
 
 
-def _csv_reader(stream: IO[str]) -> Iterator[list[str]]:
+def _csv_reader(stream: Iterable[str]) -> Iterator[list[str]]:
     csv.field_size_limit(FIELD_LIMIT)
     return csv.reader(stream)
 
 
-def _lines(url: str) -> Iterator[bytes]:
+@dataclass
+class _Read:
+    """How many bytes of a file have been gone through."""
+
+    bytes: int = 0
+
+
+def _lines_of(url: str, rows: RowRange) -> Iterator[bytes]:
+    lines = _lines(url, rows.from_byte)
+    return islice(lines, rows.start - rows.from_row, rows.stop - rows.from_row)
+
+
+def _lines(url: str, from_byte: int = 0, read: _Read | None = None) -> Iterator[bytes]:
     """The lines of a file, without the mark that some editors begin UTF-8 with."""
+    read = read or _Read()
     with _byte_stream(url) as stream:
-        if first := stream.readline().removeprefix(codecs.BOM_UTF8):
-            yield first
-        yield from stream
+        stream.seek(from_byte)
+        for line in stream:
+            at_start = from_byte == read.bytes == 0
+            read.bytes += len(line)
+            if line := line.removeprefix(codecs.BOM_UTF8) if at_start else line:
+                yield line
+
+
+def _noted(stream: Iterable[str], read: _Read) -> Iterator[str]:
+    """The lines of a `_text_stream`, whose bytes are noted."""
+    for line in stream:
+        read.bytes += len(line.encode("utf-8", "surrogateescape"))
+        yield line
 
 
 def _byte_stream(url: str) -> IO[bytes]:
     return fsspec.open(url, "rb", compression="gzip" if url.endswith(".gz") else None).open()
 
 
-def _text_stream(url: str) -> IO[str]:
-    return io.TextIOWrapper(_byte_stream(url), "utf-8-sig", errors="surrogateescape", newline="")
+def _text_stream(url: str, from_byte: int = 0) -> IO[str]:
+    stream = _byte_stream(url)
+    stream.seek(from_byte)
+    encoding = "utf-8" if from_byte else "utf-8-sig"
+    return io.TextIOWrapper(stream, encoding, errors="surrogateescape", newline="")

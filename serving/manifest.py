@@ -28,6 +28,7 @@ from typing import Any
 import fsspec
 
 from gem_vllm.errors import GemError
+from gem_vllm.serving.columnar import Extent, RowRange
 from gem_vllm.serving.errors import JobError, first_line
 from gem_vllm.serving.inputs import InputFile
 from gem_vllm.serving.lock import held
@@ -42,12 +43,19 @@ SCRATCH = ".{name}-{uuid}"
 
 @dataclass(frozen=True)
 class Shard:
-    """Rows ``start`` to ``stop`` of an input file, which become one output file."""
+    """Rows of an input file, as `RowRange` has them, which become one output file."""
 
     index: int
     file: int
     start: int
     stop: int
+    from_row: int = 0
+    from_byte: int = 0
+
+    @property
+    def rows(self) -> RowRange:
+        """Of its file."""
+        return RowRange(self.start, self.stop, self.from_row, self.from_byte)
 
     @property
     def name(self) -> str:
@@ -76,14 +84,19 @@ class Plan:
 
 
 def make_plan(
-    bound: dict[str, Any], files: Sequence[InputFile], rows: Sequence[int], rows_per_shard: int
+    bound: dict[str, Any],
+    files: Sequence[InputFile],
+    extents: Sequence[Extent],
+    rows_per_shard: int,
 ) -> Plan:
-    """Divide files of so many ``rows`` each into shards of ``rows_per_shard`` at most."""
+    """Divide files into shards of ``rows_per_shard`` at most."""
     shards: list[Shard] = []
-    for i, count in enumerate(rows):
-        for start in range(0, count, rows_per_shard):
-            stop = min(start + rows_per_shard, count)
-            shards.append(Shard(len(shards), i, start, stop))
+    for i, extent in enumerate(extents):
+        for start in range(0, extent.rows, rows_per_shard):
+            stop = min(start + rows_per_shard, extent.rows)
+            mark = min(start // extent.mark_rows, len(extent.marks))
+            begin = (mark * extent.mark_rows, extent.marks[mark - 1]) if mark else (0, 0)
+            shards.append(Shard(len(shards), i, start, stop, *begin))
     return Plan(bound, list(files), shards)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -78,14 +78,14 @@ class Replica:
         """Write the shard that is the batch's one row.
 
         Args:
-            batch: "index", "file", "start", "stop" and "url", as `shard_rows` gives them.
+            batch: the shard's fields and "url", as `shard_rows` gives them.
 
         Returns:
             One row: "failure", empty or why the job cannot go on, the shard's counts, and the
             "replica"'s name.
         """
         row = {key: values[0] for key, values in batch.items()}
-        shard = Shard(*(int(row[key]) for key in ("index", "file", "start", "stop")))
+        shard = Shard(**{field.name: int(row[field.name]) for field in fields(Shard)})
         counts = dict.fromkeys(("rows", "embedded", "reported", "tokens"), 0)
         failure = ""
         try:
@@ -148,7 +148,7 @@ class Replica:
 
     def _tables(self, shard: Shard, file: InputFile, counts: _Counts) -> Iterator[pa.Table]:
         """The shard's rows, in order; while one chunk is waited for, others are with the engine."""
-        chunks = read_rows(file, shard.start, shard.stop, self._types, self._options.text_column)
+        chunks = read_rows(file, shard.rows, self._types, self._options.text_column)
         pending: deque[_Work] = deque()
         try:
             for chunk in chunks:
@@ -289,13 +289,4 @@ def _strings(chunk: Chunk, name: str) -> pa.Array:
 
 def shard_rows(shards: list[Shard], files: list[InputFile]) -> list[dict[str, Any]]:
     """The shards as rows that `Replica` takes."""
-    return [
-        {
-            "index": shard.index,
-            "file": shard.file,
-            "start": shard.start,
-            "stop": shard.stop,
-            "url": files[shard.file].url,
-        }
-        for shard in shards
-    ]
+    return [{**asdict(shard), "url": files[shard.file].url} for shard in shards]

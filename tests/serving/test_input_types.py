@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from gem_vllm.errors import GemError
+from gem_vllm.serving.columnar import RowRange
 from gem_vllm.serving.inputs import column_types, count_rows, list_files, read_rows
 from gem_vllm.serving.lines import FIELD_LIMIT, SAMPLED_ROWS
 
@@ -21,7 +22,7 @@ def read(folder: Path, *names: str) -> tuple[list[dict[str, Any]], list[str]]:
     types = column_types(files, ["text", *names])
     rows, problems = [], []
     for file in files:
-        for chunk in read_rows(file, 0, count_rows(file), types, "text"):
+        for chunk in read_rows(file, RowRange(0, count_rows(file).rows), types, "text"):
             rows += pa.table(chunk.columns).to_pylist()
             problems += chunk.problems.values()
     return rows, problems

@@ -15,7 +15,7 @@ import pytest
 from datasets import Dataset
 
 from gem_vllm.errors import GemError
-from gem_vllm.serving.columnar import CHUNK_ROWS, Chunk
+from gem_vllm.serving.columnar import CHUNK_ROWS, Chunk, RowRange
 from gem_vllm.serving.inputs import BROKEN_FILE, column_types, count_rows, list_files, read_rows
 from gem_vllm.serving.lines import SAMPLED_ROWS
 
@@ -23,7 +23,8 @@ from gem_vllm.serving.lines import SAMPLED_ROWS
 def read_all(path: Path, names: list[str], start: int = 0, stop: int | None = None) -> list[Chunk]:
     (file,) = list_files(str(path))
     types = column_types([file], names)
-    return list(read_rows(file, start, count_rows(file) if stop is None else stop, types, names[0]))
+    stop = count_rows(file).rows if stop is None else stop
+    return list(read_rows(file, RowRange(start, stop), types, names[0]))
 
 
 def texts(chunks: list[Chunk], name: str = "text") -> list[Any]:
@@ -69,7 +70,7 @@ def test_rows_of_other_shards_are_not_parsed(
     (file,) = list_files(str(numbered))
     parsed = []
     monkeypatch.setattr(json, "loads", lambda line: parsed.append(line) or {})
-    list(read_rows(file, 1200, 1250, {"text": pa.string()}, "text"))
+    list(read_rows(file, RowRange(1200, 1250), {"text": pa.string()}, "text"))
     assert len(parsed) == 50
 
 
@@ -89,12 +90,12 @@ def test_a_data_set_saved_by_datasets(tmp_path: Path) -> None:
     for name in ("cache-0123.arrow", "rest.arrow"):
         shutil.copy(next((tmp_path / "saved").glob("data-*")), tmp_path / "saved" / name)
     files = list_files(str(tmp_path / "saved"))
-    counts = [count_rows(file) for file in files]
+    counts = [count_rows(file).rows for file in files]
     types = column_types(files, ["text"])
     read = [
         chunk
         for file, count in zip(files, counts, strict=True)
-        for chunk in read_rows(file, 0, count, types, "text")
+        for chunk in read_rows(file, RowRange(0, count), types, "text")
     ]
     assert (len(counts), texts(read)) == (3, [row.encode() for row in rows])
 
@@ -105,7 +106,7 @@ def test_an_arrow_stream_on_another_file_system(tmp_path: Path) -> None:
     memory.put(f"{tmp_path}/saved", f"/{tmp_path.name}", recursive=True)
     (file,) = list_files(f"memory://{tmp_path.name}")
     types = column_types([file], ["text"])
-    assert texts(list(read_rows(file, 1, 3, types, "text"))) == [None, b"c"]
+    assert texts(list(read_rows(file, RowRange(1, 3), types, "text"))) == [None, b"c"]
 
 
 @pytest.mark.parametrize("content", ["no Arrow", "", "file"])
@@ -136,8 +137,9 @@ def test_a_file_that_is_damaged_is_refused(numbered: Path, damage: str) -> None:
 @pytest.mark.parametrize("numbered", ["parquet", "arrow"], indirect=True)
 def test_a_file_without_a_column_that_the_first_has(numbered: Path) -> None:
     (file,) = list_files(str(numbered))
+    types = {"text": pa.string(), "m": pa.int64()}
     with pytest.raises(BROKEN_FILE, match="it has no column 'm'"):
-        list(read_rows(file, 0, 10, {"text": pa.string(), "m": pa.int64()}, "text"))
+        list(read_rows(file, RowRange(0, 10), types, "text"))
 
 
 def test_bad_json_lines_are_rows_with_problems(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from gem_vllm.errors import GemError
+from gem_vllm.serving.columnar import Extent
 from gem_vllm.serving.inputs import InputFile
 from gem_vllm.serving.manifest import (
     DONE,
@@ -25,7 +26,7 @@ BOUND = {"input": "i", "checkpoint": "c", "options": {"dtype": "float32", "keep"
 
 
 def plan_of(rows_per_shard: int = 4) -> Plan:
-    return make_plan(BOUND, FILES, [10, 0, 4], rows_per_shard)
+    return make_plan(BOUND, FILES, [Extent(10), Extent(0), Extent(4)], rows_per_shard)
 
 
 def opened(folder: OutputFolder, bound: dict = BOUND, rows_per_shard: int = 4) -> Plan:
