@@ -278,7 +278,7 @@ def test_full_mode(reference, tiny_checkpoint):
         ([[5, 512]], "has a special token"),
         ([[5, 515]], "from 0 to 514"),
         ([[-1]], "from 0 to 514"),
-        ([[5] * 510], "has 510 tokens, and 509 fit the context beside 3 special tokens"),
+        ([[5] * 509], "has 509 tokens, and 508 fit the context beside 3 special tokens"),
         ("Bread", "takes a list of texts"),
     ],
 )
@@ -288,7 +288,7 @@ def test_bad_input(texts, says, reference):
 
 
 def test_longest_and_no_text(reference):
-    assert reference().embed([[5] * 509]).shape == (1, 64)
+    assert reference().embed([[5] * 508]).shape == (1, 64)
     assert reference().embed([]).shape == (0, 64)
     for call in (reference().generate, reference().decode_from_special_tokens):
         with pytest.raises(GemError, match="is empty"):
