@@ -39,6 +39,9 @@ def serve_environment(workers: int = 1) -> dict[str, str]:
     cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
     # One list is one worker's; several share the cores as the system sees fit.
     env.setdefault("VLLM_CPU_OMP_THREADS_BIND", cores if workers == 1 else "nobind")
+    # vLLM cannot load again what it has compiled ahead of time for a CPU ("no attribute
+    # 'finalize_loading'", as of 0.32), and compiles anew at every start; torch's own cache it can.
+    env.setdefault("VLLM_USE_AOT_COMPILE", "0")
     openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
     if openmp.is_file():
         # In its place: vLLM refuses two, and puts torch's into the environment of a process that

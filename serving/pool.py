@@ -120,8 +120,8 @@ def engine_needs(
         return (replicas.cpus or 1, replicas.tensor_parallel), environment, engine
     engine.setdefault("dtype", serve_dtype())
     served = serve_environment()
-    if "LD_PRELOAD" in served:
-        environment["LD_PRELOAD"] = served["LD_PRELOAD"]
+    kept = ("LD_PRELOAD", "VLLM_USE_AOT_COMPILE")
+    environment |= {name: served[name] for name in kept if name in served}
     # One engine gets the cores themselves; of several, none knows which are the others'.
     alone = replicas.max_replicas == replicas.tensor_parallel == 1
     bound_to = served.get("VLLM_CPU_OMP_THREADS_BIND", "nobind")

@@ -34,6 +34,13 @@ def test_vllm_gets_every_core(monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine.serve_environment()["VLLM_CPU_OMP_THREADS_BIND"] == "0"
 
 
+def test_vllm_compiles_for_a_cpu_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_USE_AOT_COMPILE", raising=False)
+    for cuda, told in ((False, "0"), (True, None)):
+        monkeypatch.setattr(machine, "has_cuda", lambda cuda=cuda: cuda)
+        assert machine.serve_environment().get("VLLM_USE_AOT_COMPILE") == told
+
+
 def test_one_openmp_is_preloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "has_cuda", lambda: False)
     monkeypatch.setattr("sys.prefix", str(tmp_path))
