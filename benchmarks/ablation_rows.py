@@ -24,7 +24,8 @@ class Row:
         name: of its folder and its result.
         title: in the table.
         changes: of `TrainOptions`, over ``RECIPE``.
-        pairs: which file of pairs `ablations.py` makes for it: ``lead``, ``questions``, ``mined``.
+        pairs: which file of pairs `ablations.py` makes for it: ``lead``, ``questions``,
+            ``questions-32k``, ``mined``.
         dimensions: further sizes at which embeddings are measured.
     """
 
@@ -43,6 +44,8 @@ TOGETHER: dict[str, Any] = {
     "lora_last_layers": 15,
     "steps": 160,
 }
+# Of all paragraphs' questions, and with time.
+LONGER: dict[str, Any] = {**TOGETHER, "pairs_share": 0.33, "rows_per_pass": 256, "steps": 320}
 SIZES = (64, 128, 256)
 GROUPS: dict[str, list[Row]] = {
     "The recipe, by seed": [
@@ -103,6 +106,25 @@ GROUPS: dict[str, list[Row]] = {
             TOGETHER),
         Row("together-questions", "the same, a third of the batches questions",
             {**TOGETHER, "pairs_share": 0.33}, pairs="questions"),
+    ],
+    "Larger and longer, on a GPU; questions about 32,000 paragraphs": [
+        Row(f"longer-{batch}-{steps}", f"{steps} steps of {batch}",
+            {**LONGER, "batch_size": batch, "steps": steps}, pairs="questions-32k")
+        for batch, steps in ((64, 160), (64, 320), (64, 640), (128, 160), (128, 320), (256, 160),
+                             (256, 320), (128, 640))
+    ],
+    "One thing changed of 320 steps of 64": [
+        Row(f"longer-{name}", title, {**LONGER, **changes}, pairs="questions-32k")
+        for name, title, changes in (
+            ("half", "half of the batches questions", {"pairs_share": 0.5}),
+            ("slow", "learning rate 2.5e-4", {"contrastive_learning_rate": 2.5e-4}),
+            ("fast", "learning rate 1e-3", {"contrastive_learning_rate": 1e-3}),
+            ("cloze", "a fifth cloze", {"span_share": 0.4, "cloze_share": 0.2}),
+            ("all-layers", "a LoRA on all layers", {"lora_last_layers": None}),
+            ("mlp", "a LoRA on the MLP alone", {"lora_modules": "mlp"}),
+            ("k4", "k = 4, mean", {"special_tokens": 4}),
+            ("scale", "temperature from 1 / 50", {"scale": 50.0}),
+        )
     ],
     "Next-token prediction": [
         Row("ntp", "80 steps of it before",

@@ -1,7 +1,7 @@
 """What each part of the training recipe brings: a short training for each row, one table.
 
     python benchmarks/ablations.py --base DIR --paragraphs FILE --sentences FILE --tasks DIR
-        [--out benchmarks/results] [--rows NAME ...] [--work runs/ablations]
+        [--out benchmarks/results] [--rows NAME ...] [--work runs/ablations] [--keep]
 
 Trains what is not in ``ablations.json`` yet, one row after the other, and measures it on the
 development tasks (`development.py`); writes ``ablations.md`` from all that is there. A row takes a
@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from ablation_rows import GROUPS, RECIPE, Row
+from benchmark_script import hardware
 from development import TASKS, CheckpointEmbedder, Prefixes, development_scores
 
 from gem_vllm.folders import write_json
-from gem_vllm.machine import cpu_name
 from gem_vllm.training.data import open_text
 from gem_vllm.training.model_card import command_line, source_commit
 from gem_vllm.training.options import TrainOptions
@@ -33,7 +33,7 @@ from gem_vllm.training.pairs import write_pairs
 from gem_vllm.training.run import compute_dtype, train
 
 MINED_SENTENCES = 20_000
-ASKED_PARAGRAPHS = 4096
+ASKED_PARAGRAPHS = {"questions": 4096, "questions-32k": 32_000}
 
 
 def main() -> None:
@@ -66,6 +66,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tasks", type=Path, required=True, help="folder with a folder a task")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--work", type=Path, default=Path("runs/ablations"))
+    parser.add_argument("--keep", action="store_true", help="leave the checkpoints in --work")
     parser.add_argument("--rows", nargs="+", help="names of rows; all by default")
     return parser.parse_args()
 
@@ -90,13 +91,13 @@ def run(row: Row, args: argparse.Namespace, prefixes: dict[bool, Prefixes]) -> d
         "scores": development_scores(embedder, args.tasks),
         "dimensions": {},
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "hardware": cpu_name(),
+        "hardware": hardware(),
         "dtype": str(dtype).removeprefix("torch."),
     }
     for size in row.dimensions:
         embedder.dimensions = size
         result["dimensions"][str(size)] = development_scores(embedder, args.tasks)
-    if row.name != "base":  # mining starts from that one
+    if row.name != "base" and not args.keep:  # mining starts from that one
         shutil.rmtree(options.out)
     return result
 
@@ -106,7 +107,10 @@ def make_pairs(kind: str, args: argparse.Namespace) -> Path:
     file = args.work / f"{kind}.jsonl.gz"
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
-        {"lead": lead, "questions": questions, "mined": mined}[kind](args, file)
+        if kind in ASKED_PARAGRAPHS:
+            questions(args, file, ASKED_PARAGRAPHS[kind])
+        else:
+            {"lead": lead, "mined": mined}[kind](args, file)
     return file
 
 
@@ -123,9 +127,9 @@ def lead(args: argparse.Namespace, file: Path) -> None:
     write_pairs(file, rows())
 
 
-def questions(args: argparse.Namespace, file: Path) -> None:
+def questions(args: argparse.Namespace, file: Path, count: int) -> None:
     """Of the first paragraphs, by the base."""
-    texts = ["--texts", ASKED_PARAGRAPHS]
+    texts = ["--texts", count]
     command("questions", "--base", args.base, "--data", args.paragraphs, *texts, "--out", file)
 
 
@@ -149,7 +153,7 @@ def markdown(results: dict[str, Any]) -> str:
     lines = [
         "# What each part of the recipe brings",
         "",
-        "Short trainings of one recipe, one thing changed in each, on two cores.",
+        "Short trainings of one recipe, one thing changed in each; where, is said at the end.",
         "The seeds show how far two runs of the same may be apart. Development tasks, texts cut at",
         "256 tokens, the metrics of mteb; computed with transformers, not with the engine.",
         "",

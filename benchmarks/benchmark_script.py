@@ -37,7 +37,7 @@ def about(*packages: str) -> dict[str, str]:
     """
     shown = (f"{package} {version(package)}" for package in ("gem-vllm", *packages))
     return {
-        "hardware": f"{_gpu()}{cpu_name()}, cores {sorted(os.sched_getaffinity(0))}",
+        "hardware": f"{hardware()}, cores {sorted(os.sched_getaffinity(0))}",
         "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
         "command": shown_command(sys.argv),
         "commit": commit(),
@@ -51,10 +51,11 @@ def about_table(rows: Mapping[str, str]) -> list[str]:
     return ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
 
 
-def _gpu() -> str:
+def hardware() -> str:
+    """The GPU's name, where there is one, and the processor's."""
     import torch
 
-    return f"{torch.cuda.get_device_name()}; " if has_cuda() else ""
+    return f"{torch.cuda.get_device_name()}; {cpu_name()}" if has_cuda() else cpu_name()
 
 
 def commit() -> str:

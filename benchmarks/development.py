@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, DynamicCache
 from gem_vllm.checkpoint import load_checkpoint
 from gem_vllm.evaluation.encoder import GemEncoder
 from gem_vllm.evaluation.local_tasks import local_task
+from gem_vllm.machine import has_cuda
 from gem_vllm.training.adapter_model import AdapterModel
 from gem_vllm.training.batches import plain_prompt_template
 from gem_vllm.training.losses import leading, pool
@@ -37,13 +38,15 @@ class Prefixes:
 
     Args:
         base: folder of the base.
-        keep: whether to keep them, for models that leave the base as it is.
+        keep: whether to keep them, for models that leave the base as it is. A GPU has them again
+            as soon, and holds the models of others beside.
     """
 
     def __init__(self, base: Path, *, keep: bool) -> None:
         self._tokenizer = AutoTokenizer.from_pretrained(base)
         self._template = plain_prompt_template(self._tokenizer)
-        self._keep = keep
+        self._keep = keep and not has_cuda()
+        self._device = "cuda" if has_cuda() else "cpu"
         self._kept: dict[tuple[str, ...], list[tuple[list[int], DynamicCache, torch.Tensor]]] = {}
 
     def states(
@@ -82,7 +85,11 @@ class Prefixes:
         parts = [
             order[start : start + TEXTS_AT_ONCE] for start in range(0, len(order), TEXTS_AT_ONCE)
         ]
-        return [(rows, pad([prompts[row] for row in rows])) for rows in parts]
+        return [(rows, self._padded([prompts[row] for row in rows])) for rows in parts]
+
+    def _padded(self, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        token_ids, lengths = pad(prompts)
+        return token_ids.to(self._device), lengths.to(self._device)
 
 
 class CheckpointEmbedder:
@@ -105,13 +112,15 @@ class CheckpointEmbedder:
     ) -> None:
         lm, _, config = load_checkpoint(folder, dtype=dtype)
         self._model = embedding_model(lm, config)
+        if has_cuda():
+            self._model.to("cuda")
         self._instruction = config.instruction_ids
         self._prefixes, self.dimensions = prefixes, dimensions
 
     @torch.no_grad()
     def embed(self, texts: list[str]) -> np.ndarray:
         states = self._prefixes.states(self._model, texts, self._instruction)
-        return leading(pool(states, self._model.pooling), self.dimensions).numpy()
+        return leading(pool(states, self._model.pooling), self.dimensions).cpu().numpy()
 
 
 def development_scores(embedder: Any, tasks: Path) -> dict[str, float]:

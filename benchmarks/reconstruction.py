@@ -18,11 +18,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from benchmark_script import hardware
 from engine_facts import PROMPTS, read_paragraphs
 from tqdm import tqdm
 
 from gem_vllm.folders import write_json
-from gem_vllm.machine import cpu_name
 from gem_vllm.reference import ReferenceEmbedder
 from gem_vllm.training.model_card import command_line, source_commit
 from gem_vllm.training.options import TrainOptions
@@ -89,7 +89,7 @@ def measure(k: int, args: argparse.Namespace) -> dict[str, Any]:
         "texts": len(rows),
         "command": command_line(options),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "hardware": cpu_name(),
+        "hardware": hardware(),
         "commit": commit,
     }
 

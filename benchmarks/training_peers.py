@@ -78,7 +78,7 @@ def forward(setup: dict[str, Any], clock: Clock) -> int:
     with torch.no_grad():
         for _ in range(setup["steps"]):
             clock.start()
-            for part in ids.to(model.device).split(TEXTS_PER_PASS):
+            for part in ids.to(model.device).split(TEXTS_PER_PASS[model.device.type]):
                 model.get_decoder()(input_ids=part, use_cache=False)
             clock.stop()
     return sum(map(len, rows))
