@@ -25,7 +25,7 @@ class Row:
         title: in the table.
         changes: of `TrainOptions`, over ``RECIPE``.
         pairs: which file of pairs `ablations.py` makes for it: ``lead``, ``questions``,
-            ``questions-32k``, ``mined``.
+            ``questions-16k``, ``mined``.
         dimensions: further sizes at which embeddings are measured.
     """
 
@@ -44,7 +44,7 @@ TOGETHER: dict[str, Any] = {
     "lora_last_layers": 15,
     "steps": 160,
 }
-# Of all paragraphs' questions, and with time.
+# Of four times as many questions, and with time.
 LONGER: dict[str, Any] = {**TOGETHER, "pairs_share": 0.33, "rows_per_pass": 256, "steps": 320}
 SIZES = (64, 128, 256)
 GROUPS: dict[str, list[Row]] = {
@@ -107,14 +107,14 @@ GROUPS: dict[str, list[Row]] = {
         Row("together-questions", "the same, a third of the batches questions",
             {**TOGETHER, "pairs_share": 0.33}, pairs="questions"),
     ],
-    "Larger and longer, on a GPU; questions about 32,000 paragraphs": [
+    "Larger and longer, on a GPU; questions about 16,000 paragraphs": [
         Row(f"longer-{batch}-{steps}", f"{steps} steps of {batch}",
-            {**LONGER, "batch_size": batch, "steps": steps}, pairs="questions-32k")
+            {**LONGER, "batch_size": batch, "steps": steps}, pairs="questions-16k")
         for batch, steps in ((64, 160), (64, 320), (64, 640), (128, 160), (128, 320), (256, 160),
                              (256, 320), (128, 640))
     ],
     "One thing changed of 320 steps of 64": [
-        Row(f"longer-{name}", title, {**LONGER, **changes}, pairs="questions-32k")
+        Row(f"longer-{name}", title, {**LONGER, **changes}, pairs="questions-16k")
         for name, title, changes in (
             ("half", "half of the batches questions", {"pairs_share": 0.5}),
             ("slow", "learning rate 2.5e-4", {"contrastive_learning_rate": 2.5e-4}),

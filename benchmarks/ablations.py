@@ -33,7 +33,7 @@ from gem_vllm.training.pairs import write_pairs
 from gem_vllm.training.run import compute_dtype, train
 
 MINED_SENTENCES = 20_000
-ASKED_PARAGRAPHS = {"questions": 4096, "questions-32k": 32_000}
+ASKED_PARAGRAPHS = {"questions": 4096, "questions-16k": 16_000}
 
 
 def main() -> None:

@@ -54,6 +54,9 @@ def running_engine(folder: Path | str, **options: Any) -> Iterator[LLM]:
         "distributed_executor_backend": "uni",
         "seed": 0,
     }
+    if current_platform.is_cuda_alike():
+        # What else runs on the GPU leaves too little for vLLM's default.
+        defaults["gpu_memory_utilization"] = 0.1
     options = {**defaults, **options}
     if current_platform.is_cuda_alike() and options["dtype"] == "float32":
         pytest.skip("FlashAttention has no float32; `make test-gpu` tests what it has")
