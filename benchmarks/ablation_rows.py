@@ -52,6 +52,7 @@ GROUPS: dict[str, list[Row]] = {
         Row("base", "the recipe: k = 1, half spans, half dropout 50 %", dimensions=SIZES),
         Row("seed-1", "seed 1", {"seed": 1}),
         Row("seed-2", "seed 2", {"seed": 2}),
+        Row("on-a-gpu", "seed 0, on a GPU"),
     ],
     "Positives": [
         Row("spans", "spans alone", {"positives": "spans"}),
