@@ -85,14 +85,24 @@ def engine_workers(options: Mapping[str, Any]) -> int:
     return math.prod(options.get(size, 1) for size in sizes)
 
 
-def check_engine_options(options: Mapping[str, Any]) -> None:
-    """Raise GemError for what ``--engine`` cannot set of a `vllm.LLM`."""
-    if not options:
-        return
-    from vllm import LLM, EngineArgs
+def check_engine_options(options: Mapping[str, Any], *, served: bool = False) -> None:
+    """Raise GemError for what ``--engine`` cannot set, which an engine would refuse after minutes.
 
-    known = {*inspect.signature(LLM).parameters, *(field.name for field in fields(EngineArgs))}
-    if unknown := sorted(options.keys() - (known - {"model", "kwargs"})):
+    Args:
+        options: by name.
+        served: of `vllm serve`; else of a `vllm.LLM`.
+    """
+    if not options:
+        return  # importing vLLM takes seconds
+    from vllm import LLM, EngineArgs
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.launchers.cli_args import FrontendArgs
+
+    args = (AsyncEngineArgs, FrontendArgs) if served else (EngineArgs,)
+    known = {field.name for each in args for field in fields(each)}
+    if not served:
+        known = (known | {*inspect.signature(LLM).parameters}) - {"model", "kwargs"}
+    if unknown := sorted(options.keys() - known):
         raise GemError(
             f"--engine cannot set {', '.join(unknown)}: that is no option of vLLM's engine, or "
             "has one of its own here"

@@ -1,39 +1,23 @@
-"""An evaluation, from its options to its tables: task by task, each kept when it is done."""
+"""An evaluation, from its options to its tables."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import gc
 import json
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import mteb
 import numpy as np
-import torch
 from mteb.abstasks import AbsTask
-from mteb.abstasks.aggregated_task import AbsTaskAggregate
-from mteb.cache import ResultCache
 
 from gem_vllm.errors import GemError
-from gem_vllm.evaluation.encoder import (
-    Embedder,
-    EngineEmbedder,
-    GemEncoder,
-    ServerEmbedder,
-    model_meta,
-)
-from gem_vllm.evaluation.language import load_named, run_language_tasks
+from gem_vllm.evaluation.encoder import Embedder, ServerEmbedder
 from gem_vllm.evaluation.language_tasks import mmlu_tasks, perplexity_tasks
 from gem_vllm.evaluation.local_tasks import find_tasks, local_task
-from gem_vllm.evaluation.mean_pooling import MeanEmbedder
-from gem_vllm.evaluation.options import MAY_COME_LATER, MMLU_SHOTS, PROMPT_TYPES, EvaluateOptions
-from gem_vllm.evaluation.report import Column, write_report
+from gem_vllm.evaluation.measurements import Measurements, Report
+from gem_vllm.evaluation.options import MAY_COME_LATER, PROMPT_TYPES, EvaluateOptions
+from gem_vllm.evaluation.report import write_report
 from gem_vllm.folders import write_json
-from gem_vllm.machine import engine_workers, environment, serve_environment
 
 BOUND_FILE = "options.json"
 REVISION_CHARACTERS = 16
@@ -41,10 +25,6 @@ REVISION_CHARACTERS = 16
 # to this cosine, whatever its server's arithmetic.
 PROBE = "The old stone bridge crosses the river near the library."
 SAME_COSINE = 0.999
-# Examples before each question, by kind of language task; others have their tasks' own number.
-SHOTS = {"mmlu": MMLU_SHOTS}
-
-Report = Callable[[str], None]
 
 
 def evaluate(options: EvaluateOptions, report: Report = lambda line: None) -> Path:
@@ -68,18 +48,14 @@ def evaluate(options: EvaluateOptions, report: Report = lambda line: None) -> Pa
     if options.url is not None:
         server = ServerEmbedder(options.url, options.model, options.api_key)
     bound = _bind(options, server)
-    fetch = functools.cache(lambda: _fetch(tasks, language))
+    measure = Measurements(options, tasks, language, report)
     columns = []
     if options.base is not None:
-        revision = bound["base"][:REVISION_CHARACTERS]
-        columns.append(
-            _base_column(options, options.base, revision, tasks, language, fetch, report)
-        )
+        columns.append(measure.base(options.base, bound["base"][:REVISION_CHARACTERS]))
     if server is None:
-        revision = bound["model"][:REVISION_CHARACTERS]
-        columns.append(_gem_column(options, revision, tasks, language, fetch, report))
+        columns.append(measure.checkpoint(bound["model"][:REVISION_CHARACTERS]))
     else:
-        columns.append(_served_column(options, server, tasks, fetch, report))
+        columns.append(measure.server(server))
     write_report(options, tasks, columns)
     return options.out
 
@@ -123,29 +99,6 @@ def _check_prompts(options: EvaluateOptions, tasks: list[AbsTask]) -> None:
         )
 
 
-def _fetch(tasks: list[AbsTask], language: dict[str, list[Any]]) -> None:
-    """Download what is not here yet, so that a missing network is known before long work.
-
-    The data are let go of again, and loaded from the disk when their task's turn comes.
-    """
-    name = ""
-    try:
-        for task in tasks:
-            name = f"--task {task.metadata.name}"
-            parts = task.metadata.tasks if isinstance(task, AbsTaskAggregate) else [task]
-            for part in parts:
-                if not part.data_loaded:
-                    part.load_data()
-                    part.unload_data()
-        for kind, configs in language.items():
-            name = f"--{kind} hub"
-            load_named(configs)
-    except (OSError, httpx.HTTPError) as error:
-        raise GemError(
-            f"the data of {name} cannot be loaded: {error}; they are downloaded: check the network"
-        ) from error
-
-
 def _bind(options: EvaluateOptions, server: Embedder | None) -> dict[str, Any]:
     """Let the folder be this evaluation's, or raise GemError with what differs; to what it is."""
     file = options.out / BOUND_FILE
@@ -179,132 +132,3 @@ def _agree(one: list[float], other: list[float]) -> bool:
         return False
     norms = np.linalg.norm(one) * np.linalg.norm(other)
     return bool(np.dot(one, other) >= SAME_COSINE * norms)
-
-
-def _base_column(
-    options: EvaluateOptions,
-    base: Path,
-    revision: str,
-    tasks: list[AbsTask],
-    language: dict[str, list[Any]],
-    fetch: Callable[[], None],
-    report: Report,
-) -> Column:
-    name = base.resolve().name
-    column = Column("base", name, {}, {})
-
-    def embedder() -> Embedder:
-        report(f"{name}: mean pooling of the base, float32")
-        return MeanEmbedder(base, options.engine_options()["max_model_len"])
-
-    _embed(options, tasks, column, embedder, f"{name}-mean", revision, fetch)
-    # A GPU's memory is the engine's from here on.
-    gc.collect()
-    torch.cuda.empty_cache()
-    with _lazy_engine(options, str(base), fetch, report) as engine:
-        _speak(options, language, column, engine, f"{name}-{revision}")
-    return column
-
-
-def _gem_column(
-    options: EvaluateOptions,
-    revision: str,
-    tasks: list[AbsTask],
-    language: dict[str, list[Any]],
-    fetch: Callable[[], None],
-    report: Report,
-) -> Column:
-    name = Path(options.model).name
-    column = Column("gem", name, {}, {})
-    with _lazy_engine(options, options.model, fetch, report) as engine:
-        _embed(options, tasks, column, lambda: EngineEmbedder(engine()), name, revision, fetch)
-        _speak(options, language, column, engine, f"{name}-{revision}")
-    return column
-
-
-def _served_column(
-    options: EvaluateOptions,
-    server: Embedder,
-    tasks: list[AbsTask],
-    fetch: Callable[[], None],
-    report: Report,
-) -> Column:
-    name = Path(options.model).name
-    column = Column("gem", name, {}, {})
-    report(f"{name}: embeddings from {options.url}")
-    _embed(options, tasks, column, lambda: server, name, "served", fetch)
-    return column
-
-
-def _embed(
-    options: EvaluateOptions,
-    tasks: list[AbsTask],
-    column: Column,
-    embedder: Callable[[], Embedder],
-    name: str,
-    revision: str,
-    fetch: Callable[[], None],
-) -> None:
-    """Run the embedding tasks, and of those with several parts the parts, that have no result."""
-    cache = ResultCache(options.out / "mteb")
-    meta = model_meta(name, revision, options.prompts)
-    encoder: GemEncoder | None = None
-    for task in tasks:
-        result = cache.load_task_result(task.metadata.name, meta)
-        known = result is not None and result.dataset_revision == task.metadata.revision
-        if not known or result.get_missing_evaluations(task):
-            if encoder is None:
-                fetch()
-                encoder = GemEncoder(embedder(), name, revision, options.prompts)
-            (result,) = mteb.evaluate(
-                encoder,
-                task,
-                cache=cache,
-                overwrite_strategy="only-missing" if known else "always",
-                co2_tracker=False,
-                show_progress_bar=False,
-            ).task_results
-            encoder.forget()
-        column.embedding[task.metadata.name] = float(result.main_score)
-
-
-def _speak(
-    options: EvaluateOptions,
-    tasks: dict[str, list[Any]],
-    column: Column,
-    engine: Callable[[], Any],
-    name: str,
-) -> None:
-    """Run the language tasks that have no result yet."""
-    folder = options.out / "lm_eval" / name
-    for kind, configs in tasks.items():
-        file = folder / f"{kind}.json"
-        if not file.is_file():
-            result = run_language_tasks(engine(), configs, options.limit, SHOTS.get(kind))
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(file, result)
-        column.language[kind] = json.loads(file.read_text(encoding="utf-8"))
-
-
-@contextlib.contextmanager
-def _lazy_engine(
-    options: EvaluateOptions, model: str, fetch: Callable[[], None], report: Report
-) -> Iterator[Callable[[], Any]]:
-    """A function for the engine of a model, which is started when it is first asked for."""
-    started: list[Any] = []
-
-    def engine() -> Any:
-        if not started:
-            fetch()
-            report(f"{Path(model).name}: starting vLLM")
-            from vllm import LLM
-
-            with environment(serve_environment(engine_workers(options.engine))):
-                started.append(LLM(model, **options.engine_options()))
-        return started[0]
-
-    try:
-        yield engine
-    finally:
-        for llm in started:
-            llm.llm_engine.engine_core.shutdown()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -98,13 +98,13 @@ class GemBatch:
         self.plan: Plan | None = None
 
     def add(self, new_requests: list[NewRequestData]) -> None:
-        """Note what is new; embedding requests in the list become ones that sample a token.
+        """Note what is new; embedding requests among them become ones that sample a token.
 
         A request may come again, when it goes on after it was preempted.
         """
-        for i, request in enumerate(new_requests):
+        for request in new_requests:
             if request.pooling_params is not None:
-                new_requests[i] = replace(request, sampling_params=_DISCARDED)
+                request.sampling_params = _DISCARDED
                 self.pooling_params[request.req_id] = request.pooling_params
             if runs := find_runs(request.prompt_token_ids or (), self.gem_config.special_token_ids):
                 self.runs[request.req_id] = runs
@@ -189,37 +189,43 @@ class GemBatch:
             hidden_states: [tokens, hidden], after the final norm.
         """
         plan = self.plan
-        if plan is None:
+        if plan is None or plan.step is None:
             return []
-        states = self._collect(plan, hidden_states)
+        states = self._states_of_finished(plan, plan.step, hidden_states)
         alike = defaultdict(list)
-        for request_id in plan.finished:
+        for index, request_id in enumerate(plan.finished):
             params = self.pooling_params[request_id]
-            alike[params.dimensions, params.use_activation].append(request_id)
+            alike[params.dimensions, params.use_activation].append(index)
         return [
             Embeddings(
-                request_ids,
+                [plan.finished[index] for index in indices],
                 pool_special_tokens(
-                    torch.stack([states[request_id] for request_id in request_ids]),
+                    states if len(alike) == 1 else states[indices],
                     self.gem_config,
                     dimensions=dimensions,
                     use_activation=use_activation,
                 ),
             )
-            for (dimensions, use_activation), request_ids in alike.items()
+            for (dimensions, use_activation), indices in alike.items()
         ]
 
-    def _collect(self, plan: Plan, hidden_states: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Request id to [k, hidden], for requests whose special tokens are all computed."""
-        step, k = plan.step, self.gem_config.k
-        if step is None:
-            return self.partial_states
+    def _states_of_finished(
+        self, plan: Plan, step: gem_step.GemStep, hidden_states: torch.Tensor
+    ) -> torch.Tensor:
+        """[n, k, hidden] of the n requests whose special tokens are all computed.
+
+        Of other embedding requests, what there is is kept.
+        """
+        k = self.gem_config.k
         read = hidden_states[step.rows[: step.num_read]]
         request_index = step.request_index[: step.num_read]
+        special_index = step.special_index[: step.num_read]
+        if _are_whole_runs(request_index, special_index, k):
+            return read.unflatten(0, (-1, k))
         states: dict[str, torch.Tensor] = {}
         begin = 0
         while begin < step.num_read:
-            request, first = request_index[begin], int(step.special_index[begin])
+            request, first = request_index[begin], int(special_index[begin])
             request_id = plan.req_ids[request]
             n = int((request_index[begin : begin + k - first] == request).sum())
             its_states = read[begin : begin + n]
@@ -231,7 +237,21 @@ class GemBatch:
                 its_states = partial
             states[request_id] = its_states
             begin += n
-        return self.partial_states | states
+        if not plan.finished:
+            return read.new_empty(0, k, read.shape[1])
+        return torch.stack([states[request_id] for request_id in plan.finished])
+
+
+def _are_whole_runs(
+    request_index: gem_step.IntArray, special_index: gem_step.IntArray, k: int
+) -> bool:
+    """Whether special tokens, in order, are k of one request, k of another, and so on."""
+    if len(request_index) % k:
+        return False
+    by_run = request_index.reshape(-1, k)
+    return bool(
+        (by_run == by_run[:, :1]).all() and (special_index.reshape(-1, k) == np.arange(k)).all()
+    )
 
 
 def _rows_to_sample_from(

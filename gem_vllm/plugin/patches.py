@@ -43,6 +43,13 @@ def gem_config_of(model_config: Any) -> GemConfig | None:
     return GemConfig.from_hf_config(model_config.hf_config)
 
 
+def _remembered(owner: Any) -> GemConfig | None:
+    """`gem_config_of` the model of an object of vLLM's that handles every request."""
+    if "gem_config" not in vars(owner):
+        owner.gem_config = gem_config_of(owner.model_config)
+    return owner.gem_config
+
+
 def _expect(condition: bool, patch: str, what: str) -> None:
     if not condition:
         raise GemError(
@@ -117,7 +124,7 @@ def _patch_embedding_inputs() -> None:
 
     @functools.wraps(original)
     def render(self: Any, render_params: Any) -> Any:
-        gem_config = gem_config_of(self.model_config)
+        gem_config = _remembered(self)
         if gem_config is not None:
             refuse_empty_text(render_params.get("prompts"))
             limit = gem_config.max_text_tokens(self.model_config.max_model_len)
@@ -139,7 +146,7 @@ def _patch_reserved_token_ids() -> None:
     @functools.wraps(original)
     def process_inputs(self: Any, request_id: str, prompt: Any, *args: Any, **kwargs: Any) -> Any:
         request = original(self, request_id, prompt, *args, **kwargs)
-        gem_config = gem_config_of(self.model_config)
+        gem_config = _remembered(self)
         if gem_config is not None:
             check_request(
                 request,

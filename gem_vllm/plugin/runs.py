@@ -88,6 +88,11 @@ def find_runs(token_ids: Sequence[int], special_ids: Sequence[int]) -> tuple[Run
         token_ids: as the engine has them, with padding.
         special_ids: the k special tokens in their order.
     """
+    text_len = len(token_ids) - len(special_ids)
+    text, ending = token_ids[:text_len], token_ids[text_len:]
+    if tuple(ending) == tuple(special_ids) and set(special_ids).isdisjoint(text):
+        # Of nearly every text that is embedded; not searched token by token.
+        return (Run(0, text_len, text_len, len(token_ids)),)
     runs: list[Run] = []
     for start, end in _blocks(token_ids, special_ids):
         seen_from = runs[-1].start if runs else 0

@@ -87,43 +87,54 @@ class GemStep:
         """
         if not runs:
             return None
-        first_row = np.cumsum(num_scheduled) - num_scheduled
-        read: list[tuple[int, int, int, Run]] = []
-        inside: list[tuple[int, int, int, Run]] = []
-        for i, its_runs in runs.items():
-            begin = int(num_computed[i])
-            end = begin + int(num_scheduled[i])
-            for run in its_runs:
-                into = read if i in embedding and run is its_runs[-1] else inside
-                for position in range(max(run.start, begin), min(run.end, end)):
-                    row = int(first_row[i]) + position - begin
-                    into.append((row, i, position - run.start, run))
-        segments = _segments(runs, num_computed, num_scheduled)
-        special = read + inside
-        if not special and segments is None:
+        # Of every run; in what follows, of every special token in the step.
+        request, seen_from, seen_to, start, end, is_read = np.array(
+            [
+                (i, run.seen_from, run.seen_to, run.start, run.end, i in embedding and run is last)
+                for i, its_runs in runs.items()
+                for last in its_runs[-1:]
+                for run in its_runs
+            ],
+            dtype=np.int64,
+        ).T
+        begins = num_computed[request]
+        ends = begins + num_scheduled[request]
+        first = np.maximum(start, begins)
+        count = np.maximum(np.minimum(end, ends) - first, 0)
+        segments = _segments(runs, num_computed, num_scheduled) if (end < ends).any() else None
+        if not count.any() and segments is None:
             return None
-        rows = np.array([row for row, *_ in special], dtype=np.int64)
+        read_first = np.argsort(1 - is_read, kind="stable")
+        run_of = np.repeat(read_first, count[read_first])
+        position = first[run_of] + _counted_up(count[read_first])
+        special_index = position - start[run_of]
+        first_row = np.cumsum(num_scheduled) - num_scheduled
+        rows = first_row[request[run_of]] + position - begins[run_of]
         return GemStep(
             rows=async_tensor_h2d(rows, device),
             rows_np=rows,
-            request_index=np.array([i for _, i, _, _ in special], dtype=np.int64),
-            special_index=np.array([index for _, _, index, _ in special], dtype=np.int64),
-            seen_from=np.array([run.seen_from for *_, run in special], dtype=np.int64),
-            seen_to=np.array([run.seen_to for *_, run in special], dtype=np.int64),
-            needs_mask=np.array(
-                [index > 0 or run.padding > 0 for _, _, index, run in special], dtype=np.bool_
-            ),
-            num_read=len(read),
+            request_index=request[run_of],
+            special_index=special_index,
+            seen_from=seen_from[run_of],
+            seen_to=seen_to[run_of],
+            needs_mask=(special_index > 0) | (start > seen_to)[run_of],
+            num_read=int(count[is_read == 1].sum()),
             segments=segments,
-            position_shift=_position_shift(runs, num_computed, num_scheduled),
+            position_shift=_position_shift(runs, num_computed, num_scheduled)
+            if (start > seen_to).any()
+            else None,
         )
+
+
+def _counted_up(counts: IntArray) -> IntArray:
+    """From 0 to count - 1, for one count after the other."""
+    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
 def _segments(
     runs: Mapping[int, tuple[Run, ...]], num_computed: IntArray, num_scheduled: IntArray
-) -> Segments | None:
+) -> Segments:
     parts: list[tuple[int, int, int, int]] = []
-    behind_a_run = False
     for i, (computed, scheduled) in enumerate(zip(num_computed, num_scheduled, strict=False)):
         begin, end = int(computed), int(computed + scheduled)
         start = 0
@@ -134,19 +145,14 @@ def _segments(
                 parts.append((i, run.end - begin, start, run.end))
                 begin = run.end
             start = run.start
-            behind_a_run = True
         parts.append((i, end - begin, start, end))
-    if not behind_a_run:
-        return None
     columns = (np.array(column, dtype=np.int64) for column in zip(*parts, strict=True))
     return Segments(*columns)
 
 
 def _position_shift(
     runs: Mapping[int, tuple[Run, ...]], num_computed: IntArray, num_scheduled: IntArray
-) -> IntArray | None:
-    if not any(run.padding for its_runs in runs.values() for run in its_runs):
-        return None
+) -> IntArray:
     first_row = np.cumsum(num_scheduled) - num_scheduled
     shift = np.zeros(int(num_scheduled.sum()), dtype=np.int64)
     for i, its_runs in runs.items():

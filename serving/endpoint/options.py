@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gem_vllm.errors import GemError
+from gem_vllm.machine import check_engine_options
 from gem_vllm.serving.endpoint.keys import ApiKeys
 from gem_vllm.serving.options import ReplicaOptions, embedding_size
 
@@ -97,8 +98,7 @@ class EndpointOptions:
             raise GemError(
                 f"{self.api_keys} has no key; add one with 'gem-vllm key', or leave the file out"
             )
-        if self.engine:
-            _check_names(self.engine)
+        check_engine_options(self.engine, served=True)
 
     def replicas(self, ray_address: str | None = None) -> ReplicaOptions:
         """The engines, as batch jobs know them."""
@@ -136,20 +136,6 @@ class EndpointOptions:
     def model_name(self) -> str:
         """That requests name."""
         return self.served_model_name or self.model.name
-
-
-def _check_names(engine: Mapping[str, Any]) -> None:
-    """Raise GemError for an option that vLLM lacks, which a replica would refuse after minutes."""
-    # Takes seconds; an endpoint without options of the engine does without.
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.entrypoints.launchers.cli_args import FrontendArgs
-
-    known = {field.name for args in (AsyncEngineArgs, FrontendArgs) for field in fields(args)}
-    for name in engine:
-        if name not in known:
-            raise GemError(
-                f"--engine has '{name}', which vLLM does not know; see vllm serve --help"
-            )
 
 
 # vLLM's name of what has an option of its own here.

@@ -16,6 +16,7 @@ from mteb.mocks.mock_tasks.sts import MockMultilingualSTSTask
 
 from gem_vllm import cli
 from gem_vllm.errors import GemError
+from gem_vllm.evaluation import measurements
 from gem_vllm.evaluation import run as run_module
 from gem_vllm.evaluation.options import EvaluateOptions, read_prompts
 from gem_vllm.evaluation.run import evaluate
@@ -80,9 +81,9 @@ def test_what_is_done_is_not_done_again(
 ) -> None:
     before = (folder / "results.md").read_text()
     started: list[Any] = []
-    monkeypatch.setattr(run_module, "MeanEmbedder", lambda *args: started.append(args))
-    monkeypatch.setattr(run_module, "EngineEmbedder", lambda *args: started.append(args))
-    monkeypatch.setattr(run_module, "run_language_tasks", lambda *args: started.append(args))
+    monkeypatch.setattr(measurements, "MeanEmbedder", lambda *args: started.append(args))
+    monkeypatch.setattr(measurements, "EngineEmbedder", lambda *args: started.append(args))
+    monkeypatch.setattr(measurements, "run_language_tasks", lambda *args: started.append(args))
     evaluate(options)
     assert not started
     assert (folder / "results.md").read_text() == before
@@ -112,7 +113,7 @@ def test_what_is_not_asked_for_again_is_no_difference(
     folder: Path, options: EvaluateOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("MeanEmbedder", "EngineEmbedder", "run_language_tasks"):
-        monkeypatch.setattr(run_module, name, None)
+        monkeypatch.setattr(measurements, name, None)
     before = (folder / "options.json").read_text()
     evaluate(replace(options, base=None, mmlu=None))
     assert (folder / "options.json").read_text() == before
@@ -178,7 +179,7 @@ def test_data_that_cannot_be_loaded_stop_it_before_anything_is_started(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise ConnectionError("no network")
 
-    monkeypatch.setattr(run_module, "MeanEmbedder", pytest.fail)
+    monkeypatch.setattr(measurements, "MeanEmbedder", pytest.fail)
     monkeypatch.setattr(MockMultilingualSTSTask, "load_data", fail)
     monkeypatch.setattr(mteb, "get_task", lambda name: MockMultilingualSTSTask())
     monkeypatch.setattr("gem_vllm.evaluation.language.TaskManager", fail)

@@ -62,7 +62,7 @@ def test_a_config_file_with_a_mistake_is_refused(args: dict[str, Any], message: 
         ({"engine": {"served_model_name": "x"}}, "use --served-model-name"),
         ({"engine": {"tensor_parallel_size": 2}}, "use --tensor-parallel-size"),
         ({"engine": {"api_key": ["x"]}}, "use --api-keys"),
-        ({"engine": {"max_model_length": 8}}, "'max_model_length', which vLLM does not know"),
+        ({"engine": {"max_model_length": 8}}, "--engine cannot set max_model_length"),
         ({"api_keys": Path("no-keys")}, "API keys no-keys cannot be read"),
     ],
 )
