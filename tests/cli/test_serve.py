@@ -44,7 +44,7 @@ def model(tiny_checkpoint: Callable[..., Path]) -> Path:
         (["--request-timeout", "-1"], "request_timeout_s is -1"),
         (["--engine", "{torn"], "--engine is not JSON"),
         (["--engine", '{"model": "x"}'], "--engine names a model"),
-        (["--engine", '{"max_model_length": 8}'], "has 'max_model_length', which vLLM does not"),
+        (["--engine", '{"max_model_length": 8}'], "--engine cannot set max_model_length"),
         (["--api-keys", "nowhere"], "nowhere cannot be read"),
         (["--port", "70000"], "--port 70000 cannot be used"),
         (["--host", "198.51.100.1"], "--host 198.51.100.1 --port 8000 cannot be used"),
