@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,20 +14,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import httpx
 import psutil
 
 from gem_vllm.demo.processes import process_group
-from gem_vllm.errors import GemError
+from gem_vllm.demo.server import free_port, wait_until_healthy
 from gem_vllm.machine import serve_dtype, serve_environment
 
 MODEL = "gem"
-START_SECONDS = 600.0
 STOP_SECONDS = 60.0
 IDLE_SECONDS = 5.0
 # What was due while a server was stopped it does at once: Ray's and Serve's looks at each other.
 WAKE_SECONDS = 2.0
-LOG_TAIL_LINES = 15
 
 
 class Server:
@@ -147,13 +143,13 @@ def flags(options: Mapping[str, Any]) -> list[str]:
 def _started(
     name: str, command: Sequence[str], env: Mapping[str, str], log: Path
 ) -> Iterator[Server]:
-    port = _free_port()
+    port = free_port()
     program = Path(sys.executable).with_name(command[0])
     arguments = ("--host", "127.0.0.1", "--port", str(port), "--served-model-name", MODEL)
     with process_group([program, *command[1:], *arguments], env=env, log=log) as process:
         server = Server(name, f"http://127.0.0.1:{port}", process)
         try:
-            _wait_until_healthy(server, process, log)
+            wait_until_healthy(process, server.url, log, name=name, path="/v1/models")
             server.park()
             yield server
         finally:
@@ -162,21 +158,3 @@ def _started(
             process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(STOP_SECONDS)
-
-
-def _wait_until_healthy(server: Server, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while process.poll() is None and time.monotonic() < deadline:
-        with contextlib.suppress(httpx.TransportError):
-            answer = httpx.get(f"{server.url}/v1/models", timeout=5.0, trust_env=False)
-            if answer.status_code == httpx.codes.OK:
-                return
-        time.sleep(0.5)
-    tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_TAIL_LINES:]
-    raise GemError("\n  ".join([f"{server.name} did not start; its log ends:", *tail]))
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

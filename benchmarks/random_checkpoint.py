@@ -10,7 +10,9 @@ what its weights are, and neither model needs a network to be had.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from benchmark_script import run_script
@@ -45,21 +47,26 @@ def main() -> None:
         raise GemError("--special-tokens takes numbers of 1 or more")
     if not (args.tokenizer / "tokenizer.json").is_file():
         raise GemError(f"{args.tokenizer} holds no tokenizer.json; give a folder with a tokenizer")
+    make_base(args.out / "base", args.tokenizer, SHAPE)
+    for k in args.special_tokens:
+        make_checkpoint(args.out / "base", args.out / f"gem-{k}", k)
+        print(f"written: {args.out / f'gem-{k}'}")
+
+
+def make_base(folder: Path, tokenizer_folder: Path, shape: Mapping[str, Any]) -> None:
+    """A Llama of a shape with random weights, in bfloat16."""
     torch.manual_seed(0)
-    base = args.out / "base"
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        **SHAPE,
+        **shape,
     )
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(base)
-    tokenizer.save_pretrained(base)
-    for k in args.special_tokens:
-        make_checkpoint(base, args.out / f"gem-{k}", k)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def make_checkpoint(base: Path, folder: Path, k: int) -> None:
@@ -73,7 +80,6 @@ def make_checkpoint(base: Path, folder: Path, k: int) -> None:
             if "lora_B" in name:
                 parameter.normal_(std=0.02)
     save_checkpoint(folder, model, tokenizer, GemConfig(ids, "mean", "adapter", base.name))
-    print(f"written: {folder}")
 
 
 if __name__ == "__main__":

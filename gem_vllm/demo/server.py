@@ -35,10 +35,10 @@ def serve(checkpoint: Path, log: Path, on_wait: Callable[[float], None]) -> Iter
         GemError: the server ended, did not answer within `START_SECONDS`, or stopped answering in
             the block; the message closes with the end of its log.
     """
-    port = _free_port()
+    port = free_port()
     with process_group(serve_command(checkpoint, port), env=serve_environment(), log=log) as server:
         url = f"http://127.0.0.1:{port}"
-        wait_until_healthy(server, url, log, on_wait)
+        wait_until_healthy(server, url, log, on_wait=on_wait)
         try:
             yield url
         except httpx.TransportError as error:
@@ -61,30 +61,47 @@ def serve_command(checkpoint: Path, port: int) -> list[str]:
 
 
 def wait_until_healthy(
-    server: subprocess.Popen[bytes], url: str, log: Path, on_wait: Callable[[float], None]
+    process: subprocess.Popen[bytes],
+    url: str,
+    log: Path,
+    *,
+    name: str = "vllm serve",
+    path: str = "/health",
+    on_wait: Callable[[float], None] = lambda seconds: None,
 ) -> None:
-    """Return when ``url``/health answers 200; raise GemError as `serve` says."""
+    """Return when a server that was started answers 200 on ``path``.
+
+    Args:
+        process: ends when the server does.
+        url: of the server.
+        log: file of the server's output.
+        name: for messages.
+        path: to ask for.
+        on_wait: called about every half second with the seconds waited so far.
+
+    Raises:
+        GemError: it ended, or did not answer within `START_SECONDS`; with the end of its log.
+    """
     started = time.monotonic()
     while (waited := time.monotonic() - started) < START_SECONDS:
-        if (status := server.poll()) is not None:
-            raise GemError(f"vllm serve ended with exit status {status}\n{_tail(log)}")
+        if (status := process.poll()) is not None:
+            raise GemError(f"{name} ended with exit status {status}\n{_tail(log)}")
         with contextlib.suppress(httpx.TransportError):
-            if (
-                httpx.get(f"{url}/health", timeout=2.0, trust_env=False).status_code
-                == httpx.codes.OK
-            ):
+            answer = httpx.get(f"{url}{path}", timeout=5.0, trust_env=False)
+            if answer.status_code == httpx.codes.OK:
                 return
         on_wait(waited)
         time.sleep(0.5)
-    raise GemError(f"vllm serve did not answer within {START_SECONDS:.0f} seconds\n{_tail(log)}")
+    raise GemError(f"{name} did not answer within {START_SECONDS:.0f} seconds\n{_tail(log)}")
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _tail(log: Path) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     return "\n".join([f"the end of {log}:", *(f"  {line}" for line in lines[-LOG_TAIL_LINES:])])
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

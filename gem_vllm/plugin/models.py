@@ -84,6 +84,10 @@ class GemCausalLM(_Base):
     def _generating_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         logits = super().compute_logits(hidden_states)
         if logits is not None:
+            if not logits.is_cuda:
+                # Cut to a vocabulary that has grown by k they are strided: a CPU's argmax of those
+                # takes ten times as long.
+                logits = logits.contiguous()
             logits.index_fill_(-1, self.gem_special_ids, -torch.inf)
         return logits
 

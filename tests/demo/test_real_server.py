@@ -34,11 +34,11 @@ def test_every_process_of_the_engine_ends_with_it(
 ) -> None:
     make_tiny_checkpoint("llama", tmp_path / "model", k=1)
     monkeypatch.setattr(server, "CONTEXT_TOKENS", 256)
-    command = server.serve_command(tmp_path / "model", port := server._free_port())
+    command = server.serve_command(tmp_path / "model", port := server.free_port())
     log = tmp_path / "log"
     with process_group(command, env=serve_environment(), log=log) as process:
         url = f"http://127.0.0.1:{port}"
-        server.wait_until_healthy(process, url, log, lambda seconds: None)
+        server.wait_until_healthy(process, url, log)
         session = members_of_session(process.pid)
         embeddings, _, steps = asyncio.run(embed_and_chat(url))
     assert len(session) >= 3  # API server, engine core, worker

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import os
-import signal
-import socket
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,12 +12,12 @@ from typing import Any
 
 import httpx
 import openai
-import pytest
 
+from gem_vllm.demo.processes import process_group
+from gem_vllm.demo.server import free_port, wait_until_healthy
 from gem_vllm.reference import ReferenceEmbedder
 
 LIMIT = 256
-START_SECONDS = 400
 VLLM = str(Path(sys.executable).with_name("vllm"))
 
 
@@ -55,40 +51,14 @@ class Server:
 @contextmanager
 def running_server(folder: Path, log: Path, *options: str) -> Iterator[Server]:
     """`vllm serve` of a checkpoint as model ``gem``, in float32 and eager; output goes to `log`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [
         *(VLLM, "serve", str(folder), "--port", str(port), "--host", "127.0.0.1"),
         *("--served-model-name", "gem", "--max-model-len", str(LIMIT)),
         *("--dtype", "float32", "--enforce-eager", *options),
     ]
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
-    try:
+    with process_group(command, env=environment, log=log) as process:
         url = f"http://127.0.0.1:{port}"
-        _wait_until_healthy(url, process, log)
+        wait_until_healthy(process, url, log)
         yield Server(url, folder, ReferenceEmbedder(folder))
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            pytest.fail(f"vllm serve ended:\n{log.read_text()[-3000:]}")
-        try:
-            if httpx.get(f"{url}/health", timeout=5).status_code == 200:
-                return
-        except httpx.TransportError:
-            time.sleep(1)
-    pytest.fail(f"vllm serve did not come up:\n{log.read_text()[-3000:]}")

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,8 @@ import httpx
 import openai
 import psutil
 import pytest
+
+from gem_vllm.demo.server import free_port
 
 START_SECONDS = 300
 # A tiny model is too quick for tests of what happens in the middle of an answer: they ask for
@@ -111,9 +112,7 @@ def running_endpoint(
         engine: options of the engine, besides `ENGINE`.
         environment: variables, besides this process's.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [
         *(sys.executable, "-m", "gem_vllm.cli", "serve", str(model), "--port", str(port)),
         *("--served-model-name", "gem", "--engine", json.dumps({**ENGINE, **(engine or {})})),
