@@ -155,18 +155,20 @@ class GemBatch:
             step=step,
         )
         gem_step.publish(step)
-        sampled, request_of_sampled = _rows_to_sample_from(num_scheduled, num_drafts)
-        model.logits_rows = None
-        if embedding and not loras:
-            generating = np.isin(request_of_sampled, embedding, invert=True).nonzero()[0]
-            model.logits_rows = async_tensor_h2d(generating, self.device)
+        num_sampled = len(num_scheduled) + (0 if num_drafts is None else int(num_drafts.sum()))
+        few_are_read = not all_rows_are_read and 2 * num_sampled <= num_scheduled.sum()
+        some_without_logits = bool(embedding) and not loras
+        logits_rows = read_rows = None
+        if some_without_logits or few_are_read:
+            sampled, request_of_sampled = _rows_to_sample_from(num_scheduled, num_drafts)
+            if some_without_logits:
+                generating = np.isin(request_of_sampled, embedding, invert=True).nonzero()[0]
+                logits_rows = async_tensor_h2d(generating, self.device)
+            if few_are_read and model.last_mlp is not None:
+                read_rows = ReadRows.of_step(step, sampled, self.device)
+        model.logits_rows = logits_rows
         if model.last_mlp is not None:
-            most_are_read = 2 * len(sampled) > num_scheduled.sum()
-            model.last_mlp.read_rows = (
-                None
-                if all_rows_are_read or most_are_read
-                else ReadRows.of_step(step, sampled, self.device)
-            )
+            model.last_mlp.read_rows = read_rows
         return self.plan
 
     def end_forward(self, model: Any) -> None:
