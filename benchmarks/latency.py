@@ -27,11 +27,11 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from benchmark_script import commit, shown_command
+from benchmark_script import commit, hardware, shown_command
 from engine_facts import PROMPTS, TEXTS, read_paragraphs, read_texts
 
 from gem_vllm.folders import write_json
-from gem_vllm.machine import cpu_name, serve_dtype
+from gem_vllm.machine import serve_dtype
 
 DOCUMENT, QUESTION, ROUNDS = 2000, 20, 8
 CHATS, ANSWER, WAVES, WAITING = 8, 48, 3, 64
@@ -69,7 +69,7 @@ def main() -> None:
         "ask": asked,
         "beside": beside,
         "command": shown_command(sys.argv),
-        "hardware": cpu_name(),
+        "hardware": hardware(),
         "dtype": serve_dtype(),
         "vllm": version("vllm"),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),

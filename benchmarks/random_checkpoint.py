@@ -45,8 +45,6 @@ def main() -> None:
     args = parser.parse_args()
     if min(args.special_tokens) < 1:
         raise GemError("--special-tokens takes numbers of 1 or more")
-    if not (args.tokenizer / "tokenizer.json").is_file():
-        raise GemError(f"{args.tokenizer} holds no tokenizer.json; give a folder with a tokenizer")
     make_base(args.out / "base", args.tokenizer, SHAPE)
     for k in args.special_tokens:
         make_checkpoint(args.out / "base", args.out / f"gem-{k}", k)
@@ -54,7 +52,11 @@ def main() -> None:
 
 
 def make_base(folder: Path, tokenizer_folder: Path, shape: Mapping[str, Any]) -> None:
-    """A Llama of a shape with random weights, in bfloat16."""
+    """A Llama of a shape with random weights, in bfloat16; GemError where there is no tokenizer."""
+    if not (tokenizer_folder / "tokenizer.json").is_file():
+        raise GemError(
+            f"{tokenizer_folder} holds no tokenizer.json; give a folder with a tokenizer"
+        )
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     config = LlamaConfig(

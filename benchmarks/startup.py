@@ -20,11 +20,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmark_script import commit, shown_command
+from benchmark_script import commit, hardware, shown_command
 from endpoint_servers import vllm_serve
 
 from gem_vllm.folders import write_json
-from gem_vllm.machine import cpu_name
 
 OPTIONS = {"max_model_len": 1024, "kv_cache_memory_bytes": 1 << 30}
 
@@ -52,7 +51,7 @@ def main() -> None:
                 seconds[name].append(taken)
     about = {
         "seconds": seconds,
-        "hardware": cpu_name(),
+        "hardware": hardware(),
         "vllm": version("vllm"),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "commit": commit(),

@@ -94,14 +94,16 @@ def check_engine_options(options: Mapping[str, Any], *, served: bool = False) ->
     """
     if not options:
         return  # importing vLLM takes seconds
-    from vllm import LLM, EngineArgs
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.entrypoints.launchers.cli_args import FrontendArgs
+    if served:
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.entrypoints.launchers.cli_args import FrontendArgs
 
-    args = (AsyncEngineArgs, FrontendArgs) if served else (EngineArgs,)
-    known = {field.name for each in args for field in fields(each)}
-    if not served:
-        known = (known | {*inspect.signature(LLM).parameters}) - {"model", "kwargs"}
+        known = {field.name for args in (AsyncEngineArgs, FrontendArgs) for field in fields(args)}
+    else:
+        from vllm import LLM, EngineArgs
+
+        known = {*inspect.signature(LLM).parameters, *(field.name for field in fields(EngineArgs))}
+        known -= {"model", "kwargs"}
     if unknown := sorted(options.keys() - known):
         raise GemError(
             f"--engine cannot set {', '.join(unknown)}: that is no option of vLLM's engine, or "

@@ -38,7 +38,7 @@ def serve(checkpoint: Path, log: Path, on_wait: Callable[[float], None]) -> Iter
     port = free_port()
     with process_group(serve_command(checkpoint, port), env=serve_environment(), log=log) as server:
         url = f"http://127.0.0.1:{port}"
-        wait_until_healthy(server, url, log, on_wait=on_wait)
+        wait_until_healthy(server, url, log, seconds=START_SECONDS, on_wait=on_wait)
         try:
             yield url
         except httpx.TransportError as error:
@@ -67,6 +67,7 @@ def wait_until_healthy(
     *,
     name: str = "vllm serve",
     path: str = "/health",
+    seconds: float = START_SECONDS,
     on_wait: Callable[[float], None] = lambda seconds: None,
 ) -> None:
     """Return when a server that was started answers 200 on ``path``.
@@ -77,13 +78,14 @@ def wait_until_healthy(
         log: file of the server's output.
         name: for messages.
         path: to ask for.
+        seconds: to wait at most.
         on_wait: called about every half second with the seconds waited so far.
 
     Raises:
-        GemError: it ended, or did not answer within `START_SECONDS`; with the end of its log.
+        GemError: it ended, or did not answer in time; with the end of its log.
     """
     started = time.monotonic()
-    while (waited := time.monotonic() - started) < START_SECONDS:
+    while (waited := time.monotonic() - started) < seconds:
         if (status := process.poll()) is not None:
             raise GemError(f"{name} ended with exit status {status}\n{_tail(log)}")
         with contextlib.suppress(httpx.TransportError):
@@ -92,7 +94,7 @@ def wait_until_healthy(
                 return
         on_wait(waited)
         time.sleep(0.5)
-    raise GemError(f"{name} did not answer within {START_SECONDS:.0f} seconds\n{_tail(log)}")
+    raise GemError(f"{name} did not answer within {seconds:.0f} seconds\n{_tail(log)}")
 
 
 def free_port() -> int:

@@ -71,7 +71,10 @@ class GemCausalLM(_Base):
         """
         rows, self.logits_rows = self.logits_rows, None
         if rows is None:
-            return self._generating_logits(hidden_states)
+            logits = self._generating_logits(hidden_states)
+            # Cut to a vocabulary that has grown by k they are strided: a CPU's argmax of those
+            # takes several times as long.
+            return logits if logits is None or logits.is_cuda else logits.contiguous()
         if len(rows) == 0:
             return hidden_states.new_zeros(len(hidden_states), 1)
         logits = self._generating_logits(hidden_states[rows])
@@ -84,10 +87,6 @@ class GemCausalLM(_Base):
     def _generating_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         logits = super().compute_logits(hidden_states)
         if logits is not None:
-            if not logits.is_cuda:
-                # Cut to a vocabulary that has grown by k they are strided: a CPU's argmax of those
-                # takes ten times as long.
-                logits = logits.contiguous()
             logits.index_fill_(-1, self.gem_special_ids, -torch.inf)
         return logits
 

@@ -174,7 +174,7 @@ def _patch_compressed_completions() -> None:
     async def preprocess_completion(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         asked = asked_for(request.model_extra or {}, self.model_config, "compress", "embed")
         engine_inputs = await original(self, request, *args, **kwargs)
-        gem_config = gem_config_of(self.model_config)
+        gem_config = _remembered(self)
         if gem_config is None:
             return engine_inputs
         for engine_input in engine_inputs:

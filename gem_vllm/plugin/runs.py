@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from gem_vllm.config import special_token
 from gem_vllm.errors import GemError
@@ -88,11 +89,6 @@ def find_runs(token_ids: Sequence[int], special_ids: Sequence[int]) -> tuple[Run
         token_ids: as the engine has them, with padding.
         special_ids: the k special tokens in their order.
     """
-    text_len = len(token_ids) - len(special_ids)
-    text, ending = token_ids[:text_len], token_ids[text_len:]
-    if tuple(ending) == tuple(special_ids) and set(special_ids).isdisjoint(text):
-        # Of nearly every text that is embedded; not searched token by token.
-        return (Run(0, text_len, text_len, len(token_ids)),)
     runs: list[Run] = []
     for start, end in _blocks(token_ids, special_ids):
         seen_from = runs[-1].start if runs else 0
@@ -105,12 +101,11 @@ def _blocks(token_ids: Sequence[int], special_ids: Sequence[int]) -> Iterator[tu
     special = set(special_ids)
     if special.isdisjoint(token_ids):
         return
-    start = None
-    for position, token_id in enumerate(token_ids):
-        if token_id in special:
-            start = position if start is None else start
-        elif start is not None:
-            yield start, position
-            start = None
-    if start is not None:
-        yield start, len(token_ids)
+    # Of every request's prompt, so in as little Python a token as there can be.
+    positions = [position for position, token_id in enumerate(token_ids) if token_id in special]
+    start = positions[0]
+    for before, position in pairwise(positions):
+        if position > before + 1:
+            yield start, before + 1
+            start = position
+    yield start, positions[-1] + 1

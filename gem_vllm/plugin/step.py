@@ -104,6 +104,7 @@ class GemStep:
         segments = _segments(runs, num_computed, num_scheduled) if (end < ends).any() else None
         if not count.any() and segments is None:
             return None
+        padded = start > seen_to
         read_first = np.argsort(1 - is_read, kind="stable")
         run_of = np.repeat(read_first, count[read_first])
         position = first[run_of] + _counted_up(count[read_first])
@@ -117,11 +118,11 @@ class GemStep:
             special_index=special_index,
             seen_from=seen_from[run_of],
             seen_to=seen_to[run_of],
-            needs_mask=(special_index > 0) | (start > seen_to)[run_of],
+            needs_mask=(special_index > 0) | padded[run_of],
             num_read=int(count[is_read == 1].sum()),
             segments=segments,
             position_shift=_position_shift(runs, num_computed, num_scheduled)
-            if (start > seen_to).any()
+            if padded.any()
             else None,
         )
 

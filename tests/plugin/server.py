@@ -18,6 +18,7 @@ from gem_vllm.demo.server import free_port, wait_until_healthy
 from gem_vllm.reference import ReferenceEmbedder
 
 LIMIT = 256
+START_SECONDS = 400
 VLLM = str(Path(sys.executable).with_name("vllm"))
 
 
@@ -60,5 +61,5 @@ def running_server(folder: Path, log: Path, *options: str) -> Iterator[Server]:
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     with process_group(command, env=environment, log=log) as process:
         url = f"http://127.0.0.1:{port}"
-        wait_until_healthy(process, url, log)
+        wait_until_healthy(process, url, log, seconds=START_SECONDS)
         yield Server(url, folder, ReferenceEmbedder(folder))

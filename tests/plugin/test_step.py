@@ -121,7 +121,7 @@ def test_a_step_of_any_requests(
     """Position by position: which are special tokens, what they see, and how they are ordered."""
     batch, embedding = [], set()
     for i, (texts, embed, begin_at, share) in enumerate(requests):
-        ids = pad_runs([*texts[0], *(x for t in texts[1:] for x in [*SPECIAL, *t])], SPECIAL, BLOCK)
+        ids = with_runs_between(texts)
         if embed:
             ids += SPECIAL
             embedding.add(i)
@@ -167,6 +167,12 @@ def test_a_step_of_any_requests(
         assert [int(start) for start, count in of_rows for _ in range(count)] == starts
 
 
+def with_runs_between(texts: list[list[int]]) -> list[int]:
+    """Texts, a run between one and the next, with padding."""
+    ids = [*texts[0], *(each for text in texts[1:] for each in [*SPECIAL, *text])]
+    return pad_runs(ids, SPECIAL, BLOCK)
+
+
 def slow_runs(ids: list[int]) -> list[Run]:
     """Runs end where the last special token is followed by another token, or by nothing."""
     ends = [i + 1 for i, each in enumerate(ids) if each == SPECIAL[-1]]
@@ -182,6 +188,6 @@ def slow_runs(ids: list[int]) -> list[Run]:
 
 @given(st.lists(TEXT, min_size=1, max_size=4), st.booleans())
 def test_runs_are_found(texts: list[list[int]], embed: bool) -> None:
-    ids = pad_runs([*texts[0], *(x for t in texts[1:] for x in [*SPECIAL, *t])], SPECIAL, BLOCK)
+    ids = with_runs_between(texts)
     ids += SPECIAL if embed else ()
     assert list(find_runs(ids, SPECIAL)) == slow_runs(ids)
