@@ -57,7 +57,7 @@ ENGINE_OPTIONS: dict[str, Any] = {
     "enable_prefix_caching": False,
 }
 BOTH = ("--min-replicas", "2", "--cpus-per-replica", "1")
-HALF = ("--ingress-replicas", "1", "--cpus-per-replica", "1")
+HALF = ("--cpus-per-replica", "1")
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -31,14 +32,11 @@ def serve(
         float | None, typer.Option(help="Cores of an engine.", show_default="its share")
     ] = None,
     tensor_parallel_size: Annotated[int, typer.Option(help="GPUs of an engine.")] = 1,
-    ingress_replicas: Annotated[
-        int, typer.Option(help="Processes that check requests and pass them on.")
-    ] = 2,
     max_ongoing_requests: Annotated[
         int, typer.Option(help="Requests that an engine works on at once.")
     ] = 256,
     max_queued_requests: Annotated[
-        int, typer.Option(help="Requests that wait for an engine; one more gets 429.")
+        int, typer.Option(help="Requests that wait for that engine; one more gets 429.")
     ] = 512,
     request_timeout: Annotated[float, typer.Option(help="Seconds for a request.")] = 600.0,
     max_inputs: Annotated[int, typer.Option(help="Texts in one request.")] = 2048,
@@ -65,42 +63,44 @@ def serve(
     Ray's own `serve deploy` with --print-config.
     """
     require_ray("serve")
-    from gem_vllm.serving.endpoint.options import EndpointOptions
-    from gem_vllm.serving.errors import JobError
+    from gem_vllm.serving.ray_settings import own_ray_settings
 
-    options = EndpointOptions(
-        model=model.absolute(),
-        served_model_name=served_model_name,
-        min_replicas=min_replicas,
-        max_replicas=min_replicas if max_replicas is None else max_replicas,
-        target_ongoing_requests=target_ongoing_requests,
-        cpus_per_replica=cpus_per_replica,
-        tensor_parallel_size=tensor_parallel_size,
-        ingress_replicas=ingress_replicas,
-        max_ongoing_requests=max_ongoing_requests,
-        max_queued_requests=max_queued_requests,
-        request_timeout_s=request_timeout,
-        max_inputs=max_inputs,
-        max_body_bytes=int(max_body_mb * 2**20),
-        api_keys=None if api_keys is None else api_keys.absolute(),
-        engine=json_object(engine),
-    )
-    if print_config:
-        import yaml
+    with own_ray_settings() if ray_address is None else nullcontext():
+        from gem_vllm.serving.endpoint.options import EndpointOptions
+        from gem_vllm.serving.errors import JobError
 
-        options.check()
-        typer.echo(yaml.safe_dump(options.serve_config(host, port), sort_keys=False), nl=False)
-        return
-    from gem_vllm.serving.endpoint.operate import run_endpoint
+        options = EndpointOptions(
+            model=model.absolute(),
+            served_model_name=served_model_name,
+            min_replicas=min_replicas,
+            max_replicas=min_replicas if max_replicas is None else max_replicas,
+            target_ongoing_requests=target_ongoing_requests,
+            cpus_per_replica=cpus_per_replica,
+            tensor_parallel_size=tensor_parallel_size,
+            max_ongoing_requests=max_ongoing_requests,
+            max_queued_requests=max_queued_requests,
+            request_timeout_s=request_timeout,
+            max_inputs=max_inputs,
+            max_body_bytes=int(max_body_mb * 2**20),
+            api_keys=None if api_keys is None else api_keys.absolute(),
+            engine=json_object(engine),
+        )
+        if print_config:
+            import yaml
 
-    def report(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
+            options.check()
+            typer.echo(yaml.safe_dump(options.serve_config(host, port), sort_keys=False), nl=False)
+            return
+        from gem_vllm.serving.endpoint.operate import run_endpoint
 
-    try:
-        run_endpoint(options, host, port, ray_address, report)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        raise typer.Exit(130) from None
-    except JobError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(1) from None
+        def report(line: str) -> None:
+            print(line, file=sys.stderr, flush=True)
+
+        try:
+            run_endpoint(options, host, port, ray_address, report)
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+            raise typer.Exit(130) from None
+        except JobError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(1) from None

@@ -1,15 +1,16 @@
 """Replicas of a GEM checkpoint behind one endpoint, on Ray Serve (`gem-vllm serve`).
 
-A request goes from Serve's HTTP proxy to an ingress, and from there to a replica:
+A request goes from the proxy of a node (HAProxy) to a replica, which the router has named to it:
 
 | module | what |
 |---|---|
 | `application` | the Serve application; `app` is what a config file names |
-| `ingress` | keys, limits, 429 and 503, retries, draining |
-| `router` | the replica that has a request's beginning in its prefix cache |
-| `server` | Ray's LLM server, answering through vLLM's own HTTP application |
+| `router` | the process that the proxy asks for a replica |
+| `prefix_routing` | the replica that has a request's beginning in its prefix cache |
+| `server` | Ray's LLM server, as an HTTP server that runs vLLM's own application |
+| `door` | in front of that application: keys, limits, 429 and 503, draining |
+| `request_facts` | what is read out of a request |
 | `engine` | Ray's vLLM engine, without what a local checkpoint does not need |
-| `messages` | what travels between ingress and server |
 | `keys` | API keys |
 | `metrics` | counts by task, and the whole cluster's metrics on one page |
 | `options` | what an endpoint is asked to be |

@@ -16,10 +16,9 @@ from collections.abc import Iterable
 import httpx
 import ray
 from ray.util.metrics import Counter, Gauge, Histogram
-from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gem_vllm.serving.endpoint.messages import OTHER, task_of
+from gem_vllm.serving.endpoint.request_facts import OTHER, task_of
 
 logger = logging.getLogger(__name__)
 
@@ -93,8 +92,6 @@ class CountRequests:
         self._change(task, 1)
         try:
             await self._app(scope, receive, note_status)
-        except ClientDisconnect:
-            raise
         except Exception:
             status = FAILED
             raise

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import signal
 import socket
 import threading
@@ -29,17 +28,6 @@ from gem_vllm.serving.pool import engine_needs, ray_cluster
 WATCH_SECONDS = 5.0
 DRAIN_POLL_SECONDS = 0.5
 CALL_SECONDS = 30.0
-# Of a Ray of this endpoint's own, unless the environment has others: no hand-over between threads
-# and loops in proxy, ingress and replicas, gRPC between them, for messages of more than its 4 MiB;
-# the controller looks around once a second and not ten times; and the engines are not last in the
-# queue for the cores.
-RAY_SETTINGS = {
-    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-    "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0",
-    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": "2147483647",
-    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "1",
-    "RAY_worker_niceness": "0",
-}
 
 Report = Callable[[str], None]
 
@@ -53,7 +41,7 @@ def run_endpoint(
         options: checked here.
         host, port: of the HTTP proxies.
         ray_address: of a running cluster, which stays; None for one on this machine, for this
-            process.
+            process, to be set up by `own_ray_settings`.
         report: called with a line whenever there is something to say.
 
     Raises:
@@ -64,9 +52,6 @@ def run_endpoint(
         options.check()
     if ray_address is None:
         _check_port(host, port)
-        # Read by the processes that Ray starts; this one has read its own.
-        for name, value in RAY_SETTINGS.items():
-            os.environ.setdefault(name, value)
     stop = _Stop()
     with stop.on_signals(), _quiet_logs(), ray_cluster(options.replicas(ray_address)):
         if ray_address is None:
@@ -204,11 +189,11 @@ def _watch(stop: _Stop, report: Report) -> None:
 
 
 async def _drain(timeout_s: float, report: Report) -> None:
-    """Close every ingress, then wait until they have answered what they took."""
-    ingress = serve.get_app_handle(APP_NAME)
+    """Close the door of every replica, then wait until they have answered what they took."""
+    replicas = serve.get_app_handle(APP_NAME)
 
     async def of_all(method: str) -> list[Any]:
-        results = await ingress.broadcast(method).results_async(
+        results = await replicas.broadcast(method).results_async(
             timeout_s=CALL_SECONDS, return_exceptions=True
         )
         # One that has died has no open requests any more.
@@ -217,7 +202,7 @@ async def _drain(timeout_s: float, report: Report) -> None:
     await of_all("drain")
     deadline = time.monotonic() + timeout_s
     idle = 0
-    # Twice in a row: an answer that has left the ingress is still on its way through the proxy.
+    # Twice in a row: an answer that has left the replica is still on its way through the proxy.
     while idle < 2 and time.monotonic() < deadline:
         await asyncio.sleep(DRAIN_POLL_SECONDS)
         idle = idle + 1 if sum(await of_all("open_requests")) == 0 else 0

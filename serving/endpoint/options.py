@@ -28,10 +28,8 @@ class EndpointOptions:
             follows the load.
         cpus_per_replica: cores of a replica; None for an equal share of the cluster's.
         tensor_parallel_size: GPUs, or CPU worker processes, that share a replica's model.
-        ingress_replicas: processes that check requests and pass them on.
         max_ongoing_requests: that a replica works on.
-        max_queued_requests: that wait for a replica, or are just being given one, at each ingress;
-            one more gets 429.
+        max_queued_requests: that wait at a replica for those to be done; one more gets 429.
         request_timeout_s: of a request, its wait and its answer together.
         max_inputs: texts, prompts, documents or conversations in one request.
         max_body_bytes: of a request.
@@ -46,7 +44,6 @@ class EndpointOptions:
     target_ongoing_requests: float = 64
     cpus_per_replica: float | None = None
     tensor_parallel_size: int = 1
-    ingress_replicas: int = 2
     max_ongoing_requests: int = 256
     max_queued_requests: int = 512
     request_timeout_s: float = 600.0
@@ -85,7 +82,6 @@ class EndpointOptions:
                 raise GemError(f"--engine has '{name}'; use {option}")
         for name in (
             "target_ongoing_requests",
-            "ingress_replicas",
             "max_ongoing_requests",
             "max_queued_requests",
             "request_timeout_s",

@@ -12,7 +12,7 @@ import pytest
 from packaging.requirements import Requirement
 from ray.scripts.scripts import cli as ray_command_line
 
-from gem_vllm.serving.endpoint.operate import RAY_SETTINGS
+from gem_vllm.serving.ray_settings import RAY_SETTINGS
 from tests.deploy.conftest import (
     DEPLOY,
     MANIFESTS,
@@ -66,9 +66,9 @@ def test_the_head_has_no_work(manifest: dict[str, Any]) -> None:
 
 def test_the_endpoint_is_built_on_a_worker(service: dict[str, Any]) -> None:
     (application,) = serve_config_of(service)["applications"]
-    (ingress,) = application["deployments"]
+    (router,) = application["deployments"]
     _, workers = groups_of(service)
-    assert ingress["ray_actor_options"]["label_selector"].items() <= workers["labels"].items()
+    assert router["ray_actor_options"]["label_selector"].items() <= workers["labels"].items()
 
 
 def test_a_worker_that_goes_answers_what_it_has_taken(service: dict[str, Any]) -> None:
@@ -130,5 +130,5 @@ def test_the_image_is_built_with_the_extras_vllm() -> None:
 
 
 def test_the_image_has_the_settings_of_the_command_line() -> None:
-    lines = re.findall(r"^ENV (\w+)=(\S+)$", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE)
-    assert dict(lines) == RAY_SETTINGS
+    lines = re.findall(r"^ENV (\w+)=(.+)$", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE)
+    assert {name: value.strip('"') for name, value in lines} == RAY_SETTINGS

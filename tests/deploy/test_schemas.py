@@ -11,7 +11,7 @@ import pytest
 from ray.serve import deployment
 
 from gem_vllm.errors import GemError
-from gem_vllm.serving.endpoint.ingress import Ingress
+from gem_vllm.serving.endpoint.router import Router
 from tests.deploy.conftest import check_serve_config, load, run_entrypoint, serve_config_of
 from tests.deploy.kuberay import validate
 
@@ -88,8 +88,8 @@ def test_the_service_has_the_same_serve_config(service: dict[str, Any]) -> None:
     config = serve_config_of(service)
     check_serve_config(config)
     (application,) = config["applications"]
-    (ingress,) = application.pop("deployments")
-    assert ingress["name"] == deployment(Ingress).name
+    (router,) = application.pop("deployments")
+    assert router["name"] == deployment(Router).name
     assert config == load("serve.yaml")
 
 

@@ -82,7 +82,7 @@ def test_a_replica_has_no_keys_of_its_own(model: Path, monkeypatch: pytest.Monke
     """An empty name is none to vLLM, which takes what the process that starts it has otherwise."""
     needs = ((1.0, 0.0), {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}, {})
     monkeypatch.setattr(application, "engine_needs", lambda _: needs)
-    config = application._llm_config(EndpointOptions(model), 1.0)
+    config = application._llm_config(EndpointOptions(model))
     assert config.runtime_env["env_vars"] == {"VLLM_API_KEY": ""}
 
 

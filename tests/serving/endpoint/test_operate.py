@@ -137,12 +137,11 @@ def test_replicas_that_this_machine_cannot_hold_are_refused(
 ) -> None:
     monkeypatch.setattr(operate, "engine_needs", lambda _: (needs, {}, {}))
     monkeypatch.setattr(operate, "_check_port", lambda *_: None)
-    monkeypatch.setattr(operate, "RAY_SETTINGS", {})
     with pytest.raises(GemError, match=message):
         run(EndpointOptions(model, min_replicas=3, max_replicas=3), None)
 
 
-def test_an_ingress_that_dies_does_not_end_the_drain(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replica_that_dies_does_not_end_the_drain(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = {"drain": [None, ActorDiedError()], "open_requests": [0, ActorDiedError()]}
 
     class Broadcast:

@@ -1,4 +1,4 @@
-"""What the ingress reads out of a request: its task, how much it asks for, and where it belongs."""
+"""What is read out of a request: its task, how much it asks for, and where it belongs."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from typing import Any
 
 import pytest
 
-from gem_vllm.serving.endpoint.messages import (
-    Headers,
-    ResponseStart,
+from gem_vllm.serving.endpoint.request_facts import (
     count_inputs,
     parse_body,
     routing_text,
@@ -106,15 +104,3 @@ def test_a_body_that_is_no_json_object_is_left_to_vllm() -> None:
     deep = b'{"input": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
     for body in (b"{torn", b"[1]", b"\xff", b'"a"', deep):
         assert parse_body(body) is None
-
-
-@pytest.mark.parametrize(
-    ("headers", "streamed"),
-    [
-        ([(b"content-type", b"text/event-stream; charset=utf-8")], True),
-        ([(b"content-type", b"application/json")], False),
-        ([], False),
-    ],
-)
-def test_a_stream_is_known_by_its_type(headers: Headers, streamed: bool) -> None:
-    assert ResponseStart(200, headers, b"").streamed is streamed

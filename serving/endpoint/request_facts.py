@@ -1,13 +1,10 @@
-"""HTTP requests on their way from the ingress to a replica, and the answers on their way back."""
+"""What is read out of a request: its task, how much it asks for, and where it belongs."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
-
-Headers = list[tuple[bytes, bytes]]
 
 EMBED, GENERATE, OTHER = "embed", "generate", "other"
 _TASKS = {
@@ -45,53 +42,13 @@ _LISTS = (
 _CONVERSATIONS = ("messages", "input")
 
 
-@dataclass(frozen=True)
-class ForwardedRequest:
-    """An HTTP request that passed the ingress.
-
-    Attributes:
-        method, path, query, headers, body: of the request; path and query as bytes of the URL.
-        routing_text: by whose beginning a replica is chosen that may have it in its prefix cache;
-            None for a request that any replica serves as well.
-        streamed: whether it asks for a stream of events.
-    """
-
-    method: str
-    path: str
-    query: bytes
-    headers: Headers
-    body: bytes
-    routing_text: str | None
-    streamed: bool
-
-
-@dataclass(frozen=True)
-class ResponseStart:
-    """Status and headers of an answer, and its body's beginning: all of it, unless it is streamed.
-
-    What follows of a streamed answer are bytes.
-    """
-
-    status: int
-    headers: Headers
-    body: bytes
-
-    @property
-    def streamed(self) -> bool:
-        """Whether the answer is a stream of events."""
-        return any(
-            name == b"content-type" and value.startswith(b"text/event-stream")
-            for name, value in self.headers
-        )
-
-
 def task_of(path: str) -> str:
     """What a request for ``path`` is: `EMBED`, `GENERATE` or `OTHER`."""
     return next((task for task, paths in _TASKS.items() if path in paths), OTHER)
 
 
 def parse_body(body: bytes) -> dict[str, Any] | None:
-    """The JSON object in a body; None where there is none, which the replica answers.
+    """The JSON object in a body; None where there is none, which vLLM answers.
 
     What is nested too deeply to be read is none.
     """

@@ -1,0 +1,336 @@
+"""The door without Ray: what it lets in, how many at once, what it passes on and what it counts."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, StreamingResponse
+
+from gem_vllm.serving.endpoint import door as door_module
+from gem_vllm.serving.endpoint import metrics
+from gem_vllm.serving.endpoint.door import Door, Limits
+from gem_vllm.serving.endpoint.keys import new_key
+
+LIMITS = Limits(
+    request_timeout_s=0.2,
+    max_inputs=16,
+    max_body_bytes=1000,
+    max_ongoing_requests=2,
+    max_queued_requests=3,
+)
+Ask = Callable[..., httpx.Response]
+
+
+class Application:
+    """In vLLM's place: keeps what it is sent, and answers as it is told to.
+
+    Attributes:
+        taken: path, query and body of each request.
+        error: to raise.
+        answer: of a POST.
+    """
+
+    def __init__(self) -> None:
+        self.taken: list[tuple[str, str, bytes]] = []
+        self.error: Exception | None = None
+        self.answer: Callable[[], Any] = dict
+        self.api = FastAPI(docs_url=None)
+        self.api.api_route("/{path:path}", methods=["GET", "HEAD", "OPTIONS"])(self.read)
+        self.api.api_route("/{path:path}", methods=["POST", "DELETE"])(self.compute)
+
+    async def read(self, path: str) -> Any:
+        self.taken.append((f"/{path}", "", b""))
+        return {}
+
+    async def compute(self, path: str, request: Request) -> Any:
+        self.taken.append((f"/{path}", request.url.query, await request.body()))
+        if self.error is not None:
+            raise self.error
+        return self.answer()
+
+
+@pytest.fixture
+def application() -> Application:
+    return Application()
+
+
+@pytest.fixture(autouse=True)
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, str]]:
+    """Requests by task and status, instead of Ray's metrics."""
+    counts: Counter[tuple[str, str]] = Counter()
+
+    class Metric:
+        def __init__(self, name: str, *_: Any, **__: Any) -> None:
+            pass
+
+        def inc(self, _: int, tags: dict[str, str]) -> None:
+            counts[tags["task"], tags["code"]] += 1
+
+        def set(self, value: float, tags: dict[str, str] | None = None) -> None:
+            assert value >= 0
+
+        def observe(self, value: float, tags: dict[str, str]) -> None:
+            assert value >= 0
+
+    for name in ("Counter", "Gauge", "Histogram"):
+        monkeypatch.setattr(metrics, name, Metric)
+    monkeypatch.setattr(door_module, "Gauge", Metric)
+    monkeypatch.setattr(door_module, "ABORT_GRACE_S", 0.1)
+    return counts
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Path:
+    new_key(tmp_path / "keys", "a")
+    return tmp_path / "keys"
+
+
+@pytest.fixture
+def key(keys: Path) -> dict[str, str]:
+    """Headers with a key that is let in."""
+    return {"Authorization": f"Bearer {new_key(keys, 'b')}"}
+
+
+def client_of(door: Door, *, root_path: str = "") -> httpx.AsyncClient:
+    transport = httpx.ASGITransport(
+        metrics.CountRequests(door), raise_app_exceptions=False, root_path=root_path
+    )
+    return httpx.AsyncClient(transport=transport, base_url="http://gem")
+
+
+@pytest.fixture
+def ask(application: Application, keys: Path) -> Ask:
+    """Send a request to a door that wants a key."""
+
+    def send(method: str, path: str, *, root_path: str = "", **options: Any) -> httpx.Response:
+        async def run() -> httpx.Response:
+            door = Door(application.api, LIMITS, keys)
+            async with client_of(door, root_path=root_path) as client:
+                return await asyncio.wait_for(client.request(method, path, **options), 10)
+
+        return asyncio.run(run())
+
+    return send
+
+
+async def body_that_does_not_end() -> AsyncIterator[bytes]:
+    yield b"{"
+    await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/ping", 200),
+        ("HEAD", "/version", 200),
+        ("OPTIONS", "/v1/embeddings", 200),
+        ("POST", "/ping", 401),
+        ("DELETE", "/health", 401),
+        ("GET", "/v1/models", 401),
+        ("GET", "//ping", 401),
+    ],
+)
+def test_nobody_without_a_key_keeps_the_replica_waiting(
+    method: str, path: str, status: int, ask: Ask, application: Application
+) -> None:
+    answer = ask(method, f"http://gem{path}", content=body_that_does_not_end())
+    assert answer.status_code == status
+    assert len(application.taken) == (status == 200)
+
+
+def test_a_body_that_does_not_come_is_waited_for_no_longer_than_a_request_may_take(
+    ask: Ask, key: dict[str, str]
+) -> None:
+    answer = ask("POST", "/v1/embeddings", content=body_that_does_not_end(), headers=key)
+    assert answer.status_code == 408
+    assert answer.headers["connection"] == "close"
+    assert "longer than 0.2 s" in answer.json()["error"]["message"]
+
+
+def test_vllm_gets_the_path_below_the_route_prefix_and_the_body(
+    ask: Ask,
+    key: dict[str, str],
+    application: Application,
+    counted: Counter[tuple[str, str]],
+) -> None:
+    for prefix in ("", "/gem"):
+        path = f"{prefix}/v1/embeddings?a=%20b"
+        answer = ask("POST", path, root_path=prefix, headers=key, json={"input": "a"})
+        assert answer.status_code == 200
+    assert application.taken == [("/v1/embeddings", "a=%20b", b'{"input":"a"}')] * 2
+    assert counted == {("embed", "200"): 2}
+
+
+def test_what_breaks_is_counted_as_the_client_sees_it(
+    ask: Ask, key: dict[str, str], application: Application, counted: Counter[tuple[str, str]]
+) -> None:
+    application.error = ValueError("no")
+    assert ask("POST", "/v1/embeddings", headers=key, json={}).status_code == 500
+    assert counted == {("embed", "500"): 1}
+
+
+def test_a_client_that_goes_before_its_request_is_whole_is_counted_as_gone(
+    application: Application, counted: Counter[tuple[str, str]]
+) -> None:
+    messages = iter([{"type": "http.request", "body": b"{", "more_body": True}])
+
+    async def receive() -> Any:
+        return next(messages, {"type": "http.disconnect"})
+
+    async def send(message: Any) -> None:
+        pytest.fail(f"nobody is there for {message}")
+
+    async def run() -> None:
+        path = "/v1/embeddings"
+        scope = {"type": "http", "method": "POST", "path": path, "headers": [], "query_string": b""}
+        await metrics.CountRequests(Door(application.api, LIMITS, None))(scope, receive, send)
+
+    asyncio.run(run())
+    assert application.taken == []
+    assert counted == {("embed", "499"): 1}
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        ({"input": ["a"] * 17}, 400, "has 17 inputs; at most 16"),
+        ({"input": "a" * 1000}, 413, "larger than 1000 bytes"),
+    ],
+)
+def test_a_request_may_only_be_so_large(
+    body: dict[str, Any],
+    status: int,
+    message: str,
+    ask: Ask,
+    key: dict[str, str],
+    application: Application,
+) -> None:
+    answer = ask("POST", "/v1/embeddings", headers=key, json=body)
+    assert answer.status_code == status
+    assert message in answer.json()["error"]["message"]
+    assert application.taken == []
+
+
+async def slow_stream() -> AsyncIterator[bytes]:
+    yield b"data: {}\n\n"
+    await asyncio.Event().wait()
+
+
+def test_a_stream_that_takes_too_long_ends_with_an_error_event(
+    ask: Ask, key: dict[str, str], application: Application, counted: Counter[tuple[str, str]]
+) -> None:
+    application.answer = lambda: StreamingResponse(slow_stream(), media_type="text/event-stream")
+    answer = ask("POST", "/v1/completions", headers=key, json={"stream": True})
+    assert answer.status_code == 200
+    first, error, done = (line for line in answer.text.splitlines() if line)
+    assert first == "data: {}"
+    assert "longer than 0.2 s" in json.loads(error.removeprefix("data: "))["error"]["message"]
+    assert done == "data: [DONE]"
+    assert counted == {("generate", "504"): 1}
+
+
+def test_an_answer_that_takes_too_long_is_504(ask: Ask, key: dict[str, str]) -> None:
+    async def wait(scope: Any, receive: Any, send: Any) -> None:
+        await asyncio.Event().wait()
+
+    async def run() -> httpx.Response:
+        async with client_of(Door(wait, LIMITS, None)) as client:
+            return await client.post("/v1/embeddings", json={})
+
+    answer = asyncio.run(run())
+    assert answer.status_code == 504
+    assert int(answer.headers["retry-after"]) >= 1
+
+
+def test_only_so_many_are_worked_on_and_wait(counted: Counter[tuple[str, str]]) -> None:
+    working = most = 0
+    go_on = asyncio.Event()
+
+    async def work(scope: Any, receive: Any, send: Any) -> None:
+        nonlocal working, most
+        working += 1
+        most = max(most, working)
+        await go_on.wait()
+        working -= 1
+        await JSONResponse({})(scope, receive, send)
+
+    async def run() -> list[int]:
+        door = Door(work, replace(LIMITS, request_timeout_s=60), None)
+        async with client_of(door) as client:
+            tasks = [asyncio.create_task(client.post("/v1/completions", json={})) for _ in range(8)]
+            refused, waiting = await asyncio.wait(tasks, timeout=0.5)
+            assert {task.result().status_code for task in refused} == {429}
+            assert len(waiting) == LIMITS.max_ongoing_requests + LIMITS.max_queued_requests
+            go_on.set()
+            return [(await task).status_code for task in tasks]
+
+    statuses = asyncio.run(run())
+    assert sorted(statuses) == [200] * 5 + [429] * 3
+    assert most == LIMITS.max_ongoing_requests
+    assert counted["generate", "429"] == 3
+
+
+def test_one_that_leaves_the_queue_makes_room(application: Application) -> None:
+    async def run() -> int:
+        started = asyncio.Event()
+
+        async def work(scope: Any, receive: Any, send: Any) -> None:
+            started.set()
+            await asyncio.Event().wait()
+
+        limits = replace(LIMITS, request_timeout_s=1, max_ongoing_requests=1, max_queued_requests=1)
+        async with client_of(Door(work, limits, None)) as client:
+            first = asyncio.create_task(client.post("/v1/completions", json={}))
+            await started.wait()
+            waits = asyncio.create_task(client.post("/v1/completions", json={}))
+            await asyncio.sleep(0.1)
+            waits.cancel()
+            await asyncio.sleep(0.1)
+            status = (await client.post("/v1/completions", json={})).status_code
+            await first
+            return status
+
+    # Not 429: it waited, and for too long.
+    assert asyncio.run(run()) == 504
+
+
+def test_a_door_that_is_closed_lets_nobody_in(
+    application: Application, counted: Counter[tuple[str, str]]
+) -> None:
+    async def run() -> list[httpx.Response]:
+        door = Door(application.api, LIMITS, None)
+        door.drain()
+        async with client_of(door) as client:
+            return [
+                await client.post("/v1/embeddings", json={"input": "a"}),
+                await client.get("/health"),
+            ]
+
+    for answer in asyncio.run(run()):
+        assert answer.status_code == 503
+        assert int(answer.headers["retry-after"]) >= 1
+        assert "shutting down" in answer.json()["error"]["message"]
+    assert application.taken == []
+
+
+def test_a_websocket_is_closed(application: Application) -> None:
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def run() -> None:
+        door = Door(application.api, LIMITS, None)
+        await door({"type": "websocket", "path": "/v1/realtime"}, lambda: None, send)  # type: ignore[arg-type]
+
+    asyncio.run(run())
+    assert [message["type"] for message in sent] == ["websocket.close"]
