@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from gem_vllm.machine import environment
+
 # Unless the environment has others: HAProxy in front of the replicas, which are HTTP servers
 # themselves, instead of Ray's own proxy. A request whose replica goes before it has answered is
 # sent to another one: what it asks for is computed, and changes nothing. The beginning of a request
@@ -43,9 +45,9 @@ def own_ray_settings() -> Iterator[None]:
     """The environment of a Ray that this process is going to start, and HAProxy's folder in it."""
     with tempfile.TemporaryDirectory(prefix="gem-haproxy-", ignore_cleanup_errors=True) as folder:
         files = {name: str(Path(folder, file)) for name, file in FILES.items()}
-        for name, value in {**RAY_SETTINGS, **files, **_free_ports()}.items():
-            os.environ.setdefault(name, value)
-        yield
+        settings = {**RAY_SETTINGS, **files, **_free_ports()}
+        with environment({name: settings[name] for name in settings.keys() - os.environ.keys()}):
+            yield
 
 
 def _free_ports() -> dict[str, str]:

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ import yaml
 from ray import serve
 
 from gem_vllm.serving.endpoint.options import APP_NAME, EndpointOptions
+from gem_vllm.serving.ray_settings import own_ray_settings
 from tests.serving.endpoint.conftest import (
     ENGINE,
     LONG,
@@ -207,14 +208,15 @@ def test_an_engine_that_cannot_start_ends_the_command_with_its_reason(model: Pat
 def test_more_load_starts_another_replica(model: Path, tmp_path: Path) -> None:
     options = ("--max-replicas", "2", "--target-ongoing-requests", "2")
     with running_endpoint(model, tmp_path / "log", *options) as endpoint:
-        assert replicas_alive(endpoint) == 1
+        wait_until(lambda: replicas_alive(endpoint) == 1, "there is one")
         with load(endpoint.openai, threads=12) as results:
             wait_until(lambda: replicas_alive(endpoint) == 2, "there are two", 240)
         assert not failures(results)
 
 
+@pytest.mark.parametrize("proxy", ["haproxy", "ray's own"])
 def test_an_update_to_another_checkpoint_is_seen_by_no_client(
-    model: Path, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+    proxy: str, model: Path, tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     """By Ray's own `serve deploy`, with the file that --print-config gives."""
     other = tiny_checkpoint("llama", k=3, max_position_embeddings=16384, seed=7)
@@ -247,8 +249,12 @@ def test_an_update_to_another_checkpoint_is_seen_by_no_client(
         client = openai.OpenAI(base_url=f"http://{host}:{port}/v1", api_key="none")
         return len(client.embeddings.create(model="gem", input="a").data[0].embedding)
 
-    dashboard = ray.init(num_cpus=2, include_dashboard=True, log_to_driver=False).dashboard_url
-    try:
+    with ExitStack() as stack:
+        if proxy == "haproxy":
+            stack.enter_context(own_ray_settings())
+        dashboard = ray.init(num_cpus=2, include_dashboard=True, log_to_driver=False).dashboard_url
+        stack.callback(ray.shutdown)
+        stack.callback(serve.shutdown)
         deploy(model)
         wait_until(
             lambda: APP_NAME in serve.status().applications and settled(model), "it is up", 240
@@ -268,6 +274,3 @@ def test_an_update_to_another_checkpoint_is_seen_by_no_client(
             wait_until(lambda: len(results) > served + 20, "the new one goes on")
         assert not failures(results), failures(results)[:3]
         assert embedding() == 64
-    finally:
-        serve.shutdown()
-        ray.shutdown()
