@@ -187,19 +187,25 @@ class Door:
     @asynccontextmanager
     async def _turn(self) -> AsyncIterator[None]:
         """Wait until one more request may be worked on, unless too many wait already."""
-        if self._turns.locked() and self._waiting >= self._limits.max_queued_requests:
-            raise _come_back(429, "The replica is busy, and its queue is full.")
-        self._wait(1)
-        try:
-            await self._turns.acquire()
-        finally:
-            self._wait(-1)
+        if self._turns.locked():
+            if self._waiting >= self._limits.max_queued_requests:
+                raise _come_back(429, "The replica is busy, and its queue is full.")
+            await self._wait()
+        else:
+            await self._turns.acquire()  # at once
         try:
             yield
         finally:
             self._turns.release()
 
-    def _wait(self, count: int) -> None:
+    async def _wait(self) -> None:
+        self._note_waiting(1)
+        try:
+            await self._turns.acquire()
+        finally:
+            self._note_waiting(-1)
+
+    def _note_waiting(self, count: int) -> None:
         self._waiting += count
         self._waiting_gauge.set(self._waiting)
 

@@ -16,6 +16,7 @@ from typing import Any
 import ray
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve._private.constants import RAY_SERVE_ENABLE_HA_PROXY
 from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
 
@@ -58,6 +59,11 @@ def run_endpoint(
             _check_room(options)
         else:
             _check_serve(host, port)
+        if options.max_replicas > 1 and not RAY_SERVE_ENABLE_HA_PROXY:
+            report(
+                "RAY_SERVE_ENABLE_HA_PROXY is not 1 here: requests go to replicas by load alone, "
+                "not by what is in their prefix caches"
+            )
         try:
             report(f"starting {options.min_replicas} replica(s) of {options.model_name}")
             _start(options, host, port)

@@ -8,10 +8,8 @@ from typing import Any
 
 import jsonschema
 import pytest
-from ray.serve import deployment
 
 from gem_vllm.errors import GemError
-from gem_vllm.serving.endpoint.router import Router
 from tests.deploy.conftest import check_serve_config, load, run_entrypoint, serve_config_of
 from tests.deploy.kuberay import validate
 
@@ -87,9 +85,6 @@ def test_the_serve_config_is_valid() -> None:
 def test_the_service_has_the_same_serve_config(service: dict[str, Any]) -> None:
     config = serve_config_of(service)
     check_serve_config(config)
-    (application,) = config["applications"]
-    (router,) = application.pop("deployments")
-    assert router["name"] == deployment(Router).name
     assert config == load("serve.yaml")
 
 
@@ -100,8 +95,6 @@ def test_the_service_has_the_same_serve_config(service: dict[str, Any]) -> None:
         ("http_options",),
         ("applications", 0),
         ("applications", 0, "args"),
-        ("applications", 0, "deployments", 0),
-        ("applications", 0, "deployments", 0, "ray_actor_options"),
     ],
 )
 def test_a_typing_error_in_the_serve_config_is_found(
