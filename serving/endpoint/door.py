@@ -141,8 +141,10 @@ class Door:
         except asyncio.CancelledError:
             answer.end()
             connection.end()
-            await asyncio.wait([task], timeout=ABORT_GRACE_S)
-            task.cancel()
+            try:
+                await asyncio.wait([task], timeout=ABORT_GRACE_S)
+            finally:
+                task.cancel()
             raise
         task.result()
 
@@ -176,7 +178,9 @@ class Door:
         return bytes(body)
 
     def _check_inputs(self, body: bytes) -> None:
-        parsed = parse_body(body) if body else None
+        if len(body) < 2 * self._limits.max_inputs:
+            return  # An input and its comma are two bytes at least: it need not be read.
+        parsed = parse_body(body)
         if parsed is not None and (count := count_inputs(parsed)) > self._limits.max_inputs:
             raise Refused(
                 400,

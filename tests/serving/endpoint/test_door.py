@@ -251,6 +251,31 @@ def test_an_answer_that_takes_too_long_is_504(ask: Ask, key: dict[str, str]) -> 
     assert int(answer.headers["retry-after"]) >= 1
 
 
+@pytest.mark.parametrize("ends", ["time", "client"])
+def test_vllm_is_told_of_an_end_whoever_makes_it(ends: str) -> None:
+    """What it sends after that is nobody's."""
+    heard: list[str] = []
+
+    async def listen(scope: Any, receive: Any, send: Any) -> None:
+        while not heard or heard[-1] != "http.disconnect":
+            heard.append((await receive())["type"])
+        await JSONResponse({"late": True})(scope, receive, send)
+
+    async def run() -> int | None:
+        limits = replace(LIMITS, request_timeout_s=0.2 if ends == "time" else 60)
+        async with client_of(Door(listen, limits, None)) as client:
+            request = asyncio.create_task(client.post("/v1/embeddings", json={}))
+            await asyncio.sleep(0.1)
+            if ends == "client":
+                request.cancel()
+                await asyncio.wait([request])
+                return None
+            return (await request).status_code
+
+    assert asyncio.run(run()) == (504 if ends == "time" else None)
+    assert heard == ["http.request", "http.disconnect"]
+
+
 def test_only_so_many_are_worked_on_and_wait(counted: Counter[tuple[str, str]]) -> None:
     working = most = 0
     go_on = asyncio.Event()
