@@ -58,12 +58,12 @@ class Bench:
     Attributes:
         work: folder for the model, the texts and the outputs.
         cluster: to run on.
-        commit: of what is run.
+        about: of every run: commit and hardware, on which rounds may differ.
     """
 
     work: Path
     cluster: Raylets
-    commit: str
+    about: dict[str, str]
 
     def command(self, rows: int, output: Path) -> list[str]:
         """The job over the first ``rows`` texts."""
@@ -96,9 +96,8 @@ def main() -> None:
     prepare(args)
     path = args.out / "embed_faults.json"
     now = about("vllm", "ray")
-    commit = now.pop("commit")  # every round has its own
+    of_run = {name: now.pop(name) for name in ("commit", "hardware")}
     fixed = {
-        "hardware": now["hardware"],
         "engine": json.dumps(ENGINE),
         "texts": f"{args.rows} and {args.rows_of_a_round} of {args.data.name}",
     }
@@ -108,7 +107,7 @@ def main() -> None:
     result["about"] = {**fixed, **now}
     deadline = time.monotonic() + 60 * args.minutes
     with raylets(NODES) as cluster:
-        bench = Bench(args.work, cluster, commit)
+        bench = Bench(args.work, cluster, of_run)
         for name, todo in rounds_to_do(args, bench, result):
             if time.monotonic() > deadline:
                 break
@@ -171,7 +170,7 @@ def run_clean(bench: Bench, rows: int) -> dict[str, Any]:
         "seconds": round(run.seconds, 1),
         "first_shard_s": round(run.progress[0][0], 1),
         "driver_mib": driver_memory(run),
-        "commit": bench.commit,
+        **bench.about,
     }
 
 
@@ -218,7 +217,7 @@ def run_fault(
         "exit_codes": runs,
         "seconds": round(seconds, 1),
         "cosine": check(bench, output, rows),
-        "commit": bench.commit,
+        **bench.about,
     }
 
 

@@ -18,7 +18,10 @@ def markdown(result: dict[str, Any]) -> str:
     """Markdown of ``result``, which may lack rounds that are not done yet."""
     clean, rounds = result["clean"], result["rounds"]
     memory = clean["driver_mib"]
-    commits = dict.fromkeys(run["commit"] for run in (clean, *rounds))
+    of_runs = {
+        name: "; ".join(dict.fromkeys(run[name] for run in (clean, *rounds)))
+        for name in ("hardware", "commit")
+    }
     lines = [
         "# The batch job under kill -9",
         "",
@@ -44,7 +47,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"**{memory['at']:.0f} MiB** at {memory['rows_at']:,} rows, **{memory['end']:.0f} MiB** at "
         f"{memory['rows_end']:,}, {memory['most']:.0f} at most between.",
         "",
-        *about_table({**result["about"], "commit": "; ".join(commits)}),
+        *about_table({**result["about"], **of_runs}),
         "",
     ]
     return "\n".join(lines)
