@@ -8,12 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import s3fs
+from moto import server
 
 from gem_vllm.serving.manifest import DONE
 from tests.serving.jobs import check_all_rows, embed_command, jsonl, wait_for
-
-s3fs = pytest.importorskip("s3fs", reason="s3:// needs s3fs (pip install s3fs)")
-server = pytest.importorskip("moto.server", reason="needs an S3 server (pip install moto[server])")
 
 
 @pytest.fixture
