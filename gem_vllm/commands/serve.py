@@ -65,6 +65,7 @@ def serve(
     require_ray("serve")
     from gem_vllm.serving.ray_settings import own_ray_settings
 
+    # Before Ray Serve is imported, which reads them then.
     with own_ray_settings() if ray_address is None else nullcontext():
         from gem_vllm.serving.endpoint.options import EndpointOptions
         from gem_vllm.serving.errors import JobError

@@ -13,6 +13,8 @@ from gem_vllm.serving.endpoint.keys import ApiKeys
 from gem_vllm.serving.options import ReplicaOptions, embedding_size
 
 APP_NAME = "gem"
+# So long HAProxy keeps a connection on which nothing is sent.
+MAX_TIMEOUT_S = 3600.0
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,11 @@ class EndpointOptions:
         ):
             if getattr(self, name) <= 0:
                 raise GemError(f"{name} is {getattr(self, name):g}; it must be above 0")
+        if self.request_timeout_s > MAX_TIMEOUT_S:
+            raise GemError(
+                f"request_timeout_s is {self.request_timeout_s:g}; it must be at most "
+                f"{MAX_TIMEOUT_S:g}, as long as the proxy waits"
+            )
         if self.api_keys is not None and not ApiKeys.read(self.api_keys).digests:
             raise GemError(
                 f"{self.api_keys} has no key; add one with 'gem-vllm key', or leave the file out"
