@@ -15,10 +15,10 @@ from gem_vllm.machine import environment
 # themselves, instead of Ray's own proxy. A request whose replica goes before it has answered is
 # sent to another one: what it asks for is computed, and changes nothing. The beginning of a request
 # goes to the router, to find its text in a prefix cache. Where replicas come or go HAProxy starts
-# anew beside itself; what it had taken before has an hour to be answered, as any request has. In the
-# processes of Serve no hand-over between threads and loops; a replica that stops is left for two
-# seconds before it takes no more requests; the controller looks around once a second and not ten
-# times; and the engines are not last in the queue for the cores.
+# anew beside itself; what it had taken before has an hour to be answered, as any request has. There
+# is no hand-over between threads and loops in the processes of Serve; a replica that stops is left
+# for two seconds before it takes no more requests; the controller looks around once a second and
+# not ten times; and the engines are not last in the queue for the cores.
 RAY_SETTINGS = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
