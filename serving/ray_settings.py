@@ -13,18 +13,20 @@ from gem_vllm.machine import environment
 
 # Unless the environment has others: HAProxy in front of the replicas, which are HTTP servers
 # themselves, instead of Ray's own proxy. A request whose replica goes before it has answered is
-# sent to another one: what it asks for is computed, and changes nothing. The beginning of a request
-# goes to the router, to find its text in a prefix cache. Where replicas come or go HAProxy starts
-# anew beside itself; what it had taken before has an hour to be answered, as any request has. There
-# is no hand-over between threads and loops in the processes of Serve; a replica that stops is left
-# for two seconds before it takes no more requests; the controller looks around once a second and
-# not ten times; and the engines are not last in the queue for the cores.
+# sent to another one: what it asks for is computed, and changes nothing. The beginning of a
+# request goes to the router, to find its text in a prefix cache; it has half a minute to arrive.
+# Where replicas come or go HAProxy starts anew beside itself; what it had taken before has an
+# hour to be answered, as any request has. There is no hand-over between threads and loops in the
+# processes of Serve; a replica that stops is left for two seconds before it takes no more
+# requests; the controller looks around once a second and not ten times; and the engines are not
+# last in the queue for the cores.
 RAY_SETTINGS = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "3600",
     "RAY_SERVE_INGRESS_REQUEST_ROUTER_FORWARD_BODY": "1",
     "RAY_SERVE_HAPROXY_INGRESS_REQUEST_ROUTER_BUFSIZE": str(1 << 20),
+    "RAY_SERVE_HAPROXY_INGRESS_REQUEST_ROUTER_TIMEOUT_S": "30",
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": "2147483647",
