@@ -3,33 +3,47 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import s3fs
-from moto import server
 
+from gem_vllm.demo.processes import process_group
+from gem_vllm.demo.server import free_port
 from gem_vllm.serving.manifest import DONE
 from tests.serving.jobs import check_all_rows, embed_command, jsonl, wait_for
 
+HOST = "127.0.0.1"
+
 
 @pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[s3fs.S3FileSystem]:
-    """A file system with an empty bucket "texts"; other processes find it by the environment."""
-    s3 = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    s3.start()
-    host, port = s3.get_host_and_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://{host}:{port}")
+def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[s3fs.S3FileSystem]:
+    """A file system with an empty bucket "texts"; other processes find it by the environment.
+
+    The server is a process of its own. Moto imports Flask, and in a process that has done that vLLM
+    0.32 starts no engine on a CPU: it asks every object of every module for its ``__dict__``, and
+    Flask's answer with an error.
+    """
+    port = free_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://{HOST}:{port}")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    try:
+
+    def answers() -> bool:
+        with socket.socket() as client:
+            return client.connect_ex((HOST, port)) == 0
+
+    command = [sys.executable, "-m", "moto.server", "-H", HOST, "-p", str(port)]
+    with process_group(command, env=os.environ, log=tmp_path / "s3.log"):
+        wait_for(answers)
         files = s3fs.S3FileSystem(skip_instance_cache=True)
         files.mkdir("texts")
         yield files
-    finally:
-        s3.stop()
 
 
 def test_a_job_in_an_object_store_is_gone_on_with(

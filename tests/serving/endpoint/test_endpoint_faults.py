@@ -214,11 +214,14 @@ def test_more_load_starts_another_replica(model: Path, tmp_path: Path) -> None:
         assert not failures(results)
 
 
-@pytest.mark.parametrize("proxy", ["haproxy", "ray's own"])
+@pytest.mark.parametrize(("proxy", "replicas"), [("haproxy", 2), ("haproxy", 1), ("ray's own", 2)])
 def test_an_update_to_another_checkpoint_is_seen_by_no_client(
-    proxy: str, model: Path, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+    proxy: str, replicas: int, model: Path, tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """By Ray's own `serve deploy`, with the file that --print-config gives."""
+    """By Ray's own `serve deploy`, with the file that --print-config gives.
+
+    Where there is one replica, requests wait for the new one.
+    """
     other = tiny_checkpoint("llama", k=3, max_position_embeddings=16384, seed=7)
     host, port = "127.0.0.1", 18473
 
@@ -226,8 +229,8 @@ def test_an_update_to_another_checkpoint_is_seen_by_no_client(
         options = EndpointOptions(
             checkpoint,
             served_model_name="gem",
-            min_replicas=2,
-            max_replicas=2,
+            min_replicas=replicas,
+            max_replicas=replicas,
             engine=ENGINE,
         )
         file = tmp_path / "serve.yaml"
