@@ -11,6 +11,8 @@ from pathlib import Path
 
 from gem_vllm.machine import environment
 
+# So long HAProxy keeps a connection on which nothing is sent (Ray's default).
+MAX_TIMEOUT_S = 3600
 # Unless the environment has others: HAProxy in front of the replicas, which are HTTP servers
 # themselves, instead of Ray's own proxy. A request whose replica goes before it has answered is
 # sent to another one: what it asks for is computed, and changes nothing. The beginning of a
@@ -23,7 +25,7 @@ from gem_vllm.machine import environment
 RAY_SETTINGS = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
-    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "3600",
+    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(MAX_TIMEOUT_S),
     "RAY_SERVE_INGRESS_REQUEST_ROUTER_FORWARD_BODY": "1",
     "RAY_SERVE_HAPROXY_INGRESS_REQUEST_ROUTER_BUFSIZE": str(1 << 20),
     "RAY_SERVE_HAPROXY_INGRESS_REQUEST_ROUTER_TIMEOUT_S": "30",

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from gem_vllm.commands.json_option import json_object
-from gem_vllm.commands.on_ray import require_ray
+from gem_vllm.commands.on_ray import exit_codes, require_ray
 
 
 def embed(
@@ -79,7 +79,6 @@ def embed(
     """
     require_ray("embed")
     from gem_vllm.demo.processes import terminated_like_interrupted
-    from gem_vllm.serving.errors import JobError
     from gem_vllm.serving.job import run_embed_job
     from gem_vllm.serving.options import EmbedOptions, ReplicaOptions
 
@@ -105,20 +104,14 @@ def embed(
         engine=json_object(engine),
         ray_address=ray_address,
     )
-    try:
-        # Ray has things to say while it works; standard output is the summary's alone.
-        with (
-            contextlib.redirect_stdout(sys.stderr),
-            terminated_like_interrupted(),
-            _Progress() as progress,
-        ):
-            summary = run_embed_job(options, replicas, progress.update)
-    except KeyboardInterrupt:
-        print("stopped; run the same command again to go on", file=sys.stderr)
-        raise typer.Exit(130) from None
-    except JobError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(1) from None
+    # Ray has things to say while it works; standard output is the summary's alone.
+    with (
+        exit_codes("stopped; run the same command again to go on"),
+        contextlib.redirect_stdout(sys.stderr),
+        terminated_like_interrupted(),
+        _Progress() as progress,
+    ):
+        summary = run_embed_job(options, replicas, progress.update)
     typer.echo(json.dumps(summary))
 
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from gem_vllm.commands.json_option import json_object
-from gem_vllm.commands.on_ray import require_ray
+from gem_vllm.commands.on_ray import exit_codes, require_ray
 
 
 def serve(
@@ -68,7 +68,6 @@ def serve(
     # Before Ray Serve is imported, which reads them then.
     with own_ray_settings() if ray_address is None else nullcontext():
         from gem_vllm.serving.endpoint.options import EndpointOptions
-        from gem_vllm.serving.errors import JobError
 
         options = EndpointOptions(
             model=model.absolute(),
@@ -97,11 +96,5 @@ def serve(
         def report(line: str) -> None:
             print(line, file=sys.stderr, flush=True)
 
-        try:
+        with exit_codes("stopped"):
             run_endpoint(options, host, port, ray_address, report)
-        except KeyboardInterrupt:
-            print("stopped", file=sys.stderr)
-            raise typer.Exit(130) from None
-        except JobError as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise typer.Exit(1) from None

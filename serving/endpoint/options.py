@@ -11,10 +11,9 @@ from gem_vllm.errors import GemError
 from gem_vllm.machine import check_engine_options
 from gem_vllm.serving.endpoint.keys import ApiKeys
 from gem_vllm.serving.options import ReplicaOptions, embedding_size
+from gem_vllm.serving.ray_settings import MAX_TIMEOUT_S
 
 APP_NAME = "gem"
-# So long HAProxy keeps a connection on which nothing is sent.
-MAX_TIMEOUT_S = 3600.0
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ import pytest
 import s3fs
 
 from gem_vllm.demo.processes import process_group
-from gem_vllm.demo.server import free_port
+from gem_vllm.demo.server import free_port, wait_until_healthy
 from gem_vllm.serving.manifest import DONE
 from tests.serving.jobs import check_all_rows, embed_command, jsonl, wait_for
 
@@ -34,13 +33,11 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[s3fs.S3F
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
 
-    def answers() -> bool:
-        with socket.socket() as client:
-            return client.connect_ex((HOST, port)) == 0
-
     command = [sys.executable, "-m", "moto.server", "-H", HOST, "-p", str(port)]
-    with process_group(command, env=os.environ, log=tmp_path / "s3.log"):
-        wait_for(answers)
+    log = tmp_path / "s3.log"
+    with process_group(command, env=os.environ, log=log) as process:
+        url = f"http://{HOST}:{port}"
+        wait_until_healthy(process, url, log, name="moto", path="/moto-api/")
         files = s3fs.S3FileSystem(skip_instance_cache=True)
         files.mkdir("texts")
         yield files
