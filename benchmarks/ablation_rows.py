@@ -107,6 +107,8 @@ GROUPS: dict[str, list[Row]] = {
             TOGETHER),
         Row("together-questions", "the same, a third of the batches questions",
             {**TOGETHER, "pairs_share": 0.33}, pairs="questions"),
+        Row("together-questions-bare", "the same without the instruction",
+            {**TOGETHER, "pairs_share": 0.33, "instruction": ""}, pairs="questions"),
     ],
     "Larger and longer, on a GPU; questions about 16,000 paragraphs": [
         Row(f"longer-{batch}-{steps}", f"{steps} steps of {batch}",
