@@ -9,7 +9,6 @@ import torch
 
 from gem_vllm.errors import GemError
 from gem_vllm.training.data import is_jsonl, read_jsonl
-from gem_vllm.training.losses import pool
 from gem_vllm.training.model import GemTrainingModel
 from gem_vllm.training.sequences import Template, pad
 
@@ -50,8 +49,8 @@ class HeldOutPairs:
         for start in range(0, len(order), TEXTS_AT_ONCE):
             chosen = order[start : start + TEXTS_AT_ONCE]
             token_ids, lengths = pad([self.rows[row] for row in chosen])
-            hidden = model.special_states(token_ids.to(device), lengths.to(device))
-            pooled |= zip(chosen, pool(hidden, model.pooling).cpu(), strict=True)
+            vectors = model.embed(token_ids.to(device), lengths.to(device))
+            pooled |= zip(chosen, vectors.cpu(), strict=True)
         first, second = torch.stack([pooled[row] for row in range(len(order))]).chunk(2)
         return spearman((first * second).sum(dim=-1), self.scores)
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from gem_vllm.training import peers
 from gem_vllm.training.losses import info_nce, leading, next_token_loss, pool
 from gem_vllm.training.sequences import IGNORE, next_token_targets
 
@@ -76,6 +77,10 @@ class GemTrainingModel(nn.Module, ABC):
         [N, T]. Returns [P, hidden], and bool [N, T] which of the positions these are: in row-major
         order, all those that any trained parameter acts on.
         """
+
+    def embed(self, token_ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """Embeddings, float32 [N, d] of length 1, of texts as `special_states` takes them."""
+        return pool(self.special_states(token_ids, lengths), self.pooling)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states [P, hidden] to logits [P, V], softcapped where the base does."""
@@ -171,5 +176,5 @@ class GemTrainingModel(nn.Module, ABC):
         if own.keys() != state_dict.keys():
             raise ValueError("the checkpoint holds other parameters than this run trains")
         for name, value in own.items():
-            value.copy_(state_dict[name])
+            value.copy_(peers.sharded_like(value, state_dict[name]))
         return nn.modules.module._IncompatibleKeys([], [])

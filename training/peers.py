@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def rank() -> int:
@@ -34,6 +35,37 @@ def total(values: torch.Tensor) -> torch.Tensor:
     if count() > 1:
         dist.all_reduce(values)
     return values
+
+
+def average_(tensors: list[torch.Tensor]) -> None:
+    """Each becomes its mean over all processes, which give as many, of the same shapes."""
+    if count() == 1 or not tensors:
+        return
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    dist.all_reduce(flat)
+    sizes = [tensor.numel() for tensor in tensors]
+    for tensor, mean in zip(tensors, (flat / count()).split(sizes), strict=True):
+        tensor.copy_(mean.view_as(tensor))
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """On the CPU in the first process, gathered where it is sharded; empty in the others.
+
+    All processes must call it.
+    """
+    if isinstance(tensor, DTensor):
+        tensor = tensor.full_tensor()
+    return tensor.cpu() if rank() == 0 else tensor.new_empty(0)
+
+
+def sharded_like(weight: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that is whole in every process, spread as ``weight`` is, if that is sharded.
+
+    Each process cuts its own part: nothing is sent.
+    """
+    if not isinstance(weight, DTensor):
+        return tensor
+    return distribute_tensor(tensor, weight.device_mesh, weight.placements, src_data_rank=None)
 
 
 class _Gather(torch.autograd.Function):

@@ -27,7 +27,7 @@ from gem_vllm.training.model import GemTrainingModel
 from gem_vllm.training.model_card import source_commit, write_model_card
 from gem_vllm.training.modes import model_class
 from gem_vllm.training.options import TrainOptions, flag
-from gem_vllm.training.sharding import shard_base
+from gem_vllm.training.sharding import ShardedTrainer, shard_base
 from gem_vllm.training.trainer import SPEARMAN, GemTrainer, whole_checkpoints
 from gem_vllm.weights import EMBEDDING, read_tensor, weights_size
 
@@ -70,8 +70,9 @@ def train(
         if start is not None:
             trainer.train_dataset.start_step = int(start.name.rpartition("-")[2])
         trainer.train(resume_from_checkpoint=None if start is None else str(start))
+        trained = trainer.trained_state()
         if state.is_main_process:
-            _save(trainer, tokenizer, gem_config)
+            _save(trainer, trained, tokenizer, gem_config)
             write_model_card(options.out, options, trainer.state.log_history, commit)
             write_json(options.run_folder / FINISHED_FILE, {"steps": trainer.state.global_step})
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -122,13 +123,14 @@ def make_trainer(options: TrainOptions, *, progress: bool = True):
     if max(options.matryoshka, default=0) > size:
         raise GemError(f"--matryoshka is over an embedding's size, which is {size} here")
     training_model = build_model(model, special_ids, options)
+    arguments = training_arguments(options, bf16=dtype == torch.bfloat16)
     if options.shard:
-        shard_base(training_model, options)
-    trainer = GemTrainer(
+        shard_base(training_model, options, arguments.device)
+    trainer = (ShardedTrainer if options.shard else GemTrainer)(
         training_model,
         batches,
         options,
-        training_arguments(options, bf16=dtype == torch.bfloat16),
+        arguments,
         held_out=held_out,
         progress=progress,
     )
@@ -206,22 +208,26 @@ def compute_dtype(name: str) -> torch.dtype:
     return torch.bfloat16 if has_units else torch.float32
 
 
-def _save(trainer: GemTrainer, tokenizer, gem_config: GemConfig) -> None:
+def _save(
+    trainer: GemTrainer, trained: dict[str, torch.Tensor], tokenizer, gem_config: GemConfig
+) -> None:
     options, lm = trainer.options, trainer.model.lm
+    if options.shard and options.mode != "adapter":
+        lm = _on_a_whole_base(trained, options)
     if options.mode == "lora":
-        lm = (_unsharded(trainer) if options.shard else lm).merge_and_unload()
+        lm = lm.merge_and_unload()
     if options.mode != "adapter":
         lm = lm.to(read_tensor(options.base, EMBEDDING).dtype)
     save_checkpoint(options.out, lm, tokenizer, gem_config)
 
 
-def _unsharded(trainer: GemTrainer) -> PeftModel:
-    """What was trained, which is whole in every process, on a base that is whole, too."""
-    options = trainer.options
+def _on_a_whole_base(
+    trained: dict[str, torch.Tensor], options: TrainOptions
+) -> PreTrainedModel | PeftModel:
     model, tokenizer = load_base(options.base, dtype=torch.float32)
     special_ids = add_special_tokens(model, tokenizer, options.special_tokens)
     whole = build_model(model, special_ids, options)
-    whole.load_state_dict(trainer.model.state_dict())
+    whole.load_state_dict(trained)
     return whole.lm
 
 

@@ -1,42 +1,164 @@
-"""A frozen base spread over several processes, so that each holds a part of it."""
+"""A base spread over several processes, so that each holds a part of it (FSDP2)."""
 
 from __future__ import annotations
 
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
 import torch
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from gem_vllm.errors import GemError
 from gem_vllm.training import peers
 from gem_vllm.training.adapter_model import AdapterModel
 from gem_vllm.training.model import GemTrainingModel
 from gem_vllm.training.options import TrainOptions
+from gem_vllm.training.trainer import GemTrainer
 
 
-def shard_base(model: GemTrainingModel, options: TrainOptions) -> None:
-    """Shard the decoder layers' frozen weights over all processes (FSDP2).
+def shard_base(model: GemTrainingModel, options: TrainOptions, device: torch.device) -> None:
+    """Spread the base over all processes, and move to ``device`` what each holds of the model.
 
-    A layer's weights are gathered while it computes. What is trained, in the modes ``adapter`` and
-    ``lora``, stays whole in every process and is left to DDP, to which the sharded weights are no
-    concern.
+    A layer's weights are gathered while it computes. In the modes ``adapter`` and ``lora`` the
+    layers' frozen weights are spread; what is trained stays whole in every process. In the mode
+    ``full`` all weights are, with their gradients and the optimizer's state; whole stays the
+    temperature alone.
 
     Raises:
-        GemError: the run has no frozen base, or its processes would not go through it in step.
+        GemError: there is one process only, or they would not go through the base in step.
     """
     if peers.count() == 1:
         raise GemError("--shard spreads the base over processes; start several by torchrun")
-    if options.mode == "full":
-        raise GemError("--shard spreads a frozen base: give --mode adapter or lora")
     # The processes gather layers together, so each must go through them as often as the others.
     if options.pairs is not None:
         raise GemError("--shard does not go with --pairs")
     if isinstance(model, AdapterModel) and options.raw_share != 0.0:
         raise GemError("--shard does not go with --raw-share other than 0 in --mode adapter")
-    mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (peers.count(),))
+    mesh = init_device_mesh(device.type, (peers.count(),))
+    full = options.mode == "full"
     for layer in model.base.get_decoder().layers:
         trained = {weight for weight in layer.parameters() if weight.requires_grad}
-        fully_shard(layer, mesh=mesh, ignored_params=trained)
-    names = [name for name, weight in model.named_parameters() if isinstance(weight, DTensor)]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+        fully_shard(layer, mesh=mesh, ignored_params=set() if full else trained)
+    if full:
+        # Embeddings, head (they may be one) and norm, as a group: none is called by itself.
+        fully_shard(
+            model, mesh=mesh, reshard_after_forward=True, ignored_params={model.log_temperature}
+        )
+        register_fsdp_forward_method(model, "embed")
+    for tensor in chain(model.parameters(), model.buffers()):
+        if not isinstance(tensor, DTensor):
+            tensor.data = tensor.data.to(device)
+
+
+class ShardedTrainer(GemTrainer):
+    """A `GemTrainer` of a model that `shard_base` has spread over the processes.
+
+    Neither DDP nor accelerate's FSDP is around the model. Gradients of sharded weights are averaged
+    by FSDP2, those of the others here. Checkpoints hold whole tensors, as those of other runs do:
+    a run may go on with another number of processes, and without ``--shard``.
+    """
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        """It is there."""
+
+    def _wrap_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        """Made ready for autocast alone: accelerate's DDP refuses a model with sharded weights."""
+        self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+        model._is_accelerate_prepared = True
+        return model
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """``Trainer``'s, in the groups that it makes of whole weights.
+
+        Newer versions of it make others of sharded ones, with which a run could not go on whole.
+        """
+        if self.optimizer is None:
+            decays = set(self.get_decay_parameter_names(self.model))
+            kind, arguments = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            groups = [
+                {
+                    "params": [
+                        weight
+                        for name, weight in self.model.named_parameters()
+                        if weight.requires_grad and (name in decays) == decay
+                    ],
+                    "weight_decay": self.args.weight_decay if decay else 0.0,
+                }
+                for decay in (True, False)
+            ]
+            self.optimizer = kind(groups, **arguments)
+            self._step_one_by_one()
+        return self.optimizer
+
+    def _step_one_by_one(self) -> None:
+        """Sharded and whole weights do not go through one fused kernel."""
+        for group in self.optimizer.param_groups:
+            group["fused"] = group["foreach"] = False
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """``Trainer``'s, and the mean of the processes' gradients of what is whole in each."""
+        loss = super().training_step(model, *args, **kwargs)
+        peers.average_(
+            [
+                weight.grad
+                for weight in model.parameters()
+                if weight.grad is not None and not isinstance(weight, DTensor)
+            ]
+        )
+        return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
+        """By the norm of all gradients, sharded and whole ones; returns it."""
+        trained = [weight for weight in model.parameters() if weight.grad is not None]
+        sharded = [weight for weight in trained if isinstance(weight, DTensor)]
+        parts = [sharded, [weight for weight in trained if not isinstance(weight, DTensor)]]
+        norms = [get_total_norm([weight.grad for weight in part]) for part in parts if part]
+        norm = get_total_norm(
+            [each.full_tensor() if isinstance(each, DTensor) else each for each in norms]
+        )
+        for part in parts:
+            clip_grads_with_norm_(part, self.args.max_grad_norm, norm)
+        return norm
+
+    def trained_state(self) -> dict[str, torch.Tensor]:
+        """As ``GemTrainer``'s, on the CPU: in the first process; empty tensors in the others."""
+        return {name: peers.whole(value) for name, value in self.model.state_dict().items()}
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """What is trained, gathered by all processes and written by the first."""
+        state = self.trained_state()
+        if self.args.should_save:
+            self._save(output_dir, state_dict=state)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """In the form of ``Trainer``'s own, with whole tensors."""
+        optimizer = self.optimizer.state_dict()
+        optimizer["state"] = {
+            index: {name: peers.whole(value) for name, value in of_weight.items()}
+            for index, of_weight in optimizer["state"].items()
+        }
+        if self.args.should_save:
+            torch.save(optimizer, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Each process takes its part of what the file maps; no device holds all of it."""
+        if checkpoint is None:
+            return
+        file = Path(checkpoint) / OPTIMIZER_NAME
+        optimizer = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
+        for index, of_weight in optimizer["state"].items():
+            for name, value in of_weight.items():
+                if value.shape == weights[index].shape:
+                    of_weight[name] = peers.sharded_like(weights[index], value)
+        self.optimizer.load_state_dict(optimizer)
+        self._step_one_by_one()
+        schedule = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
+        self.lr_scheduler.load_state_dict(schedule)

@@ -74,6 +74,13 @@ class GemTrainer(Trainer):
         finally:
             self._bar.close()
 
+    def trained_state(self) -> dict[str, torch.Tensor]:
+        """What is trained, whole, by the names of `GemTrainingModel.state_dict`.
+
+        All processes must call it.
+        """
+        return self.model.state_dict()
+
     def get_train_dataloader(self) -> DataLoader:
         """Batches as they come: they are made whole, and in order, by the data set."""
         return DataLoader(self.train_dataset, batch_size=None)

@@ -163,7 +163,8 @@ def train(
         bool,
         typer.Option(
             "--shard",
-            help="Of several processes: spread the frozen base over them (FSDP2).",
+            help="Of several processes: spread over them (FSDP2) the frozen base, or all weights "
+            "where all are trained.",
             rich_help_panel=_OPTIMIZER,
         ),
     ] = False,

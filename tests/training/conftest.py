@@ -36,20 +36,23 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def options(tiny_base: Callable[..., Path], texts: Path, tmp_path: Path) -> TrainOptions:
     """Six steps that go through both phases' losses at once (alpha 0.5)."""
-    return TrainOptions(
-        base=tiny_base(),
-        data=(str(texts),),
-        out=tmp_path / "gem",
-        special_tokens=2,
-        steps=6,
-        batch_size=8,
-        alpha_schedule="constant",
-        alpha=0.5,
-        lora_rank=4,
-        lora_alpha=8,
-        save_every=2,
-        dtype="float32",
-    )
+    return short_options(tiny_base(), texts, tmp_path / "gem")
+
+
+def short_options(base: Path, texts: Path, out: Path, **changes: Any) -> TrainOptions:
+    """As `options`, for processes that have no fixtures."""
+    short: dict[str, Any] = {
+        "special_tokens": 2,
+        "steps": 6,
+        "batch_size": 8,
+        "alpha_schedule": "constant",
+        "alpha": 0.5,
+        "lora_rank": 4,
+        "lora_alpha": 8,
+        "save_every": 2,
+        "dtype": "float32",
+    }
+    return TrainOptions(base=base, data=(str(texts),), out=out, **{**short, **changes})
 
 
 def losses(options: TrainOptions) -> dict[str, list[float]]:

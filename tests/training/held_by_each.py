@@ -1,4 +1,4 @@
-"""Run by `test_processes.py` in several processes: which share of the base's layers each holds."""
+"""Run by `test_processes.py` in several processes: which share of the model each holds."""
 
 from __future__ import annotations
 
@@ -15,16 +15,21 @@ from gem_vllm.training.run import join_processes, make_trainer
 
 def main() -> None:
     """Print the share, a JSON line, in the first process."""
-    base, data, out = sys.argv[1:]
+    base, data, out, mode = sys.argv[1:]
     join_processes()
-    options = TrainOptions(base=Path(base), data=(data,), out=Path(out), batch_size=8, shard=True)
-    trainer, _, _ = make_trainer(options, progress=False)
-    layers = trainer.model.base.get_decoder().layers
-    frozen = [weight for weight in layers.parameters() if not weight.requires_grad]
-    here = sum(
-        (weight.to_local() if isinstance(weight, DTensor) else weight).numel() for weight in frozen
+    options = TrainOptions(
+        base=Path(base), data=(data,), out=Path(out), mode=mode, batch_size=8, shard=True
     )
-    share = here / sum(weight.numel() for weight in frozen)
+    trainer, _, _ = make_trainer(options, progress=False)
+    if mode == "full":
+        weights = list(trainer.model.parameters())
+    else:
+        layers = trainer.model.base.get_decoder().layers
+        weights = [weight for weight in layers.parameters() if not weight.requires_grad]
+    here = sum(
+        (weight.to_local() if isinstance(weight, DTensor) else weight).numel() for weight in weights
+    )
+    share = here / sum(weight.numel() for weight in weights)
     if peers.rank() == 0:
         print(json.dumps(share))
 

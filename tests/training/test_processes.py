@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from gem_vllm.training.model_card import option_words
 from gem_vllm.training.options import TrainOptions
 from gem_vllm.training.run import train
-from tests.training.conftest import losses, train_until
+from tests.training.conftest import losses, short_options, train_until
 
 PROCESSES = 2
 
@@ -93,7 +93,14 @@ def test_two_processes_train_as_one(
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"mode": "lora", "raw_share": 0.5}], ids=["adapter", "lora"]
+    "changes",
+    [
+        {},
+        {"mode": "lora", "raw_share": 0.5},
+        {"mode": "full", "raw_share": 0.5, "alpha_schedule": "linear", "alpha_steps": 4},
+        {"mode": "full", "rows_per_pass": 3, "max_grad_norm": 0.1},
+    ],
+    ids=["adapter", "lora", "full", "full-in-parts"],
 )
 def test_a_sharded_base_gives_the_same(
     options: TrainOptions, changes: dict[str, Any], tmp_path: Path
@@ -123,8 +130,9 @@ def test_a_sharded_base_gives_the_same(
         torch.testing.assert_close(weights(together)[name], value, atol=2e-3, rtol=1e-2)
 
 
-def test_each_process_holds_its_part_of_a_sharded_base(options: TrainOptions) -> None:
-    arguments = (str(options.base), *options.data, str(options.out))
+@pytest.mark.parametrize("mode", ["adapter", "full"])
+def test_each_process_holds_its_part_of_a_sharded_base(options: TrainOptions, mode: str) -> None:
+    arguments = (str(options.base), *options.data, str(options.out), mode)
     done = run(*TORCHRUN, "-m", "tests.training.held_by_each", *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout) == pytest.approx(1 / PROCESSES, abs=0.01)
@@ -133,7 +141,6 @@ def test_each_process_holds_its_part_of_a_sharded_base(options: TrainOptions) ->
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mode": "full"}, "--shard spreads a frozen base: give --mode adapter or lora"),
         ({"raw_share": 0.5}, "--shard does not go with --raw-share other than 0"),
     ],
 )
@@ -145,16 +152,35 @@ def test_what_cannot_be_sharded_is_refused(
     assert message in done.stderr
 
 
-def test_an_interrupted_run_goes_on_in_both(options: TrainOptions, tmp_path: Path) -> None:
-    whole = dataclasses.replace(options, out=tmp_path / "whole")
+@pytest.mark.parametrize("changes", [{}, {"mode": "full", "shard": True}], ids=["adapter", "full"])
+def test_an_interrupted_run_goes_on_in_both(
+    options: TrainOptions, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    half = dataclasses.replace(options, **changes)
+    alone = dataclasses.replace(half, shard=False)
+    whole = dataclasses.replace(alone, out=tmp_path / "whole")
     train(whole, progress=False)
-    half = dataclasses.replace(options, steps=6, save_every=2)
     # Interrupted: its last checkpoint is there, and its result is not.
-    train_until(5, half)
+    train_until(5, alone)
     done = launch(half, "--resume")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "continuing from step 4" in done.stderr
     assert losses(half)["loss_cl"] == pytest.approx(losses(whole)["loss_cl"], abs=1e-3)
+
+
+def test_a_sharded_run_goes_on_in_one_process(options: TrainOptions, tmp_path: Path) -> None:
+    options = short_options(options.base, Path(options.data[0]), options.out, mode="full")
+    whole = dataclasses.replace(options, out=tmp_path / "whole")
+    train(whole, progress=False)
+    arguments = (str(options.base), *options.data, str(options.out))
+    done = run(*TORCHRUN, "-m", "tests.training.sharded_run", *arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert not options.out.exists()
+    train(options, resume=True, progress=False)
+    for name, values in losses(whole).items():
+        assert losses(options)[name] == pytest.approx(values, abs=1e-3)
+    for name, value in weights(whole).items():
+        torch.testing.assert_close(weights(options)[name], value, atol=1e-5, rtol=1e-2)
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(options: TrainOptions) -> None:
