@@ -70,15 +70,19 @@ def leading(embeddings: torch.Tensor, size: int | None) -> torch.Tensor:
     return embeddings if size is None else F.normalize(embeddings[:, :size], dim=-1)
 
 
-def next_token_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of the predicting positions alone, in float32.
+def next_token_total(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy in float32, summed over positions. logits: [P, V]; targets: int64 [P]."""
+    return F.cross_entropy(logits.float(), targets, reduction="sum")
 
-    logits: [P, V]; targets: int64 [P]. Zero (with a gradient of zero) where nothing is predicted.
-    Of several processes (`peers`), the mean of what they return is the mean over all positions.
+
+def next_token_loss(total: torch.Tensor, positions: int) -> torch.Tensor:
+    """The mean over all positions that predict, of their sum.
+
+    Zero (with a gradient of zero) where nothing is predicted. Of several processes (`peers`), the
+    mean of what they return is the mean over all positions.
     """
-    total = F.cross_entropy(logits.float(), targets, reduction="sum")
-    positions = peers.total(torch.tensor(targets.numel(), device=targets.device))
-    return total * peers.count() / positions.clamp(min=1)
+    of_all = peers.total(torch.tensor(positions, device=total.device))
+    return total * peers.count() / of_all.clamp(min=1)
 
 
 def alpha_at(step: int, schedule: AlphaSchedule, *, value: float, switch_step: int) -> float:

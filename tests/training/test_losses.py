@@ -8,7 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gem_vllm.training.losses import alpha_at, info_nce, leading, next_token_loss, pool
+from gem_vllm.training.losses import (
+    alpha_at,
+    info_nce,
+    leading,
+    next_token_loss,
+    next_token_total,
+    pool,
+)
 from gem_vllm.training.options import TrainOptions
 from gem_vllm.training.trainer import learning_rate_at
 
@@ -91,7 +98,7 @@ def test_pooling() -> None:
 
 def test_next_token_loss_of_nothing_is_zero() -> None:
     logits = torch.zeros(0, 7, requires_grad=True)
-    loss = next_token_loss(logits, torch.zeros(0, dtype=torch.int64))
+    loss = next_token_loss(next_token_total(logits, torch.zeros(0, dtype=torch.int64)), 0)
     loss.backward()
     assert loss.item() == 0.0
 

@@ -131,6 +131,35 @@ def test_adapter_ntp_loss_and_gradients_are_the_single_pass_ones(
     assert_same_adapter_gradients(model, oracle)
 
 
+@pytest.mark.parametrize("kind", [AdapterModel, DenseModel])
+def test_logits_are_computed_a_part_at_a_time(
+    tiny_base: Callable[..., Path], kind: type[GemTrainingModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = make_model(tiny_base(), kind)
+    special, texts = list(model.special_ids), random_texts()
+    rows = pad([[*text, *special, *reversed(text)] for text in texts])
+    model.ntp_loss(*rows).backward()
+    expected = {
+        name: value.grad for name, value in model.named_parameters() if value.grad is not None
+    }
+    assert len(expected) > 1
+    model.zero_grad()
+    positions: list[int] = []
+    logits = model.logits
+
+    def counting(hidden: torch.Tensor) -> torch.Tensor:
+        positions.append(len(hidden))
+        return logits(hidden)
+
+    monkeypatch.setattr("gem_vllm.training.model.POSITIONS_AT_ONCE", 7)
+    monkeypatch.setattr(model, "logits", counting)
+    model.ntp_loss(*rows).backward()
+    assert max(positions) == 7
+    for name, gradient in expected.items():
+        found = model.get_parameter(name).grad
+        torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-6)
+
+
 def test_raw_text_alone_gives_the_adapter_nothing_to_learn(
     tiny_base: Callable[..., Path],
 ) -> None:
