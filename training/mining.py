@@ -15,7 +15,8 @@ from gem_vllm.errors import GemError
 from gem_vllm.serving.vectors import EMBEDDING
 from gem_vllm.training.pairs import check_pairs_file, write_pairs
 
-ROWS_AT_ONCE = 1024
+# Similarities: with their order, 1 GB.
+PAIRS_AT_ONCE = 1 << 26
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,21 +74,23 @@ def mine(options: MineOptions, progress: Callable[[int, int], None]) -> int:
         )
     vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     random = np.random.default_rng(options.seed)
+    at_once = max(1, PAIRS_AT_ONCE // len(texts))
 
     def rows() -> Iterator[dict[str, Any]]:
-        for start in range(0, len(texts), ROWS_AT_ONCE):
-            for row, near in enumerate(_neighbours(vectors, start, options), start):
+        for start in range(0, len(texts), at_once):
+            end = min(start + at_once, len(texts))
+            for row, near in enumerate(_neighbours(vectors, start, end, options), start):
                 chosen = sorted(random.choice(len(near), options.negatives, replace=False))
                 yield {"anchor": texts[row], "negative": [texts[other] for other in near[chosen]]}
-            progress(min(start + ROWS_AT_ONCE, len(texts)), len(texts))
+            progress(end, len(texts))
 
     write_pairs(options.out, rows())
     return len(texts)
 
 
-def _neighbours(vectors: np.ndarray, start: int, options: MineOptions) -> np.ndarray:
-    """For rows from ``start`` on, those at ranks range_min to range_max, nearest first."""
-    rows = np.arange(start, min(start + ROWS_AT_ONCE, len(vectors)))
+def _neighbours(vectors: np.ndarray, start: int, end: int, options: MineOptions) -> np.ndarray:
+    """For rows ``start`` to ``end``, those at ranks range_min to range_max, nearest first."""
+    rows = np.arange(start, end)
     similarity = vectors[rows] @ vectors.T
     similarity[np.arange(len(rows)), rows] = -np.inf  # itself
     near = np.argpartition(-similarity, options.range_max - 1, axis=1)[:, : options.range_max]

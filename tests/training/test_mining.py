@@ -45,7 +45,9 @@ def read(file: Path) -> dict[int, list[int]]:
     }
 
 
-def test_negatives_are_of_the_ranks_that_were_asked_for(vectors: Path, tmp_path: Path) -> None:
+def test_negatives_are_of_the_ranks_that_were_asked_for(
+    vectors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out, seen = tmp_path / "new" / "negatives.jsonl", []
     options = MineOptions(vectors=vectors, out=out, negatives=3, range_min=4, range_max=10)
     assert mine(options, lambda *done: seen.append(done)) == COUNT
@@ -57,7 +59,9 @@ def test_negatives_are_of_the_ranks_that_were_asked_for(vectors: Path, tmp_path:
         # Two neighbours at each distance: ranks 4 to 10 are those 3 to 5 away.
         assert {abs(other - number) for other in mined[number]} <= {3, 4, 5}
     again = tmp_path / "again.jsonl"
-    mine(MineOptions(**{**vars(options), "out": again}), lambda *done: None)
+    monkeypatch.setattr("gem_vllm.training.mining.PAIRS_AT_ONCE", 40 * COUNT)
+    mine(MineOptions(**{**vars(options), "out": again}), lambda *done: seen.append(done))
+    assert seen[1:] == [(40, COUNT), (80, COUNT), (COUNT, COUNT)]
     assert again.read_text() == out.read_text()
     assert [path.name for path in out.parent.iterdir()] == ["negatives.jsonl"]
 
