@@ -66,9 +66,7 @@ class Prefixes:
                     for rows, padded in self._batches(texts, ())
                 ]
                 self._kept[tuple(texts)] = kept
-            batches = [
-                (rows, model.special_pass(_copy(cache), lengths)) for rows, cache, lengths in kept
-            ]
+            batches = [(rows, model.special_pass(cache, lengths)) for rows, cache, lengths in kept]
         first = batches[0][1]
         states = first.new_zeros(len(texts), *first.shape[1:])
         for rows, part in batches:
@@ -137,11 +135,3 @@ def development_scores(embedder: Any, tasks: Path) -> dict[str, float]:
         )
         scores[name] = float(result.task_results[0].main_score)
     return scores
-
-
-def _copy(cache: DynamicCache) -> DynamicCache:
-    """One that can be added to; the tensors are the same."""
-    copy = DynamicCache()
-    for index, layer in enumerate(cache.layers):
-        copy.update(layer.keys, layer.values, index)
-    return copy

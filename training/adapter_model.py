@@ -67,13 +67,14 @@ class AdapterModel(GemTrainingModel):
 
         prefixes = token_ids[rows, : int(starts.max())]
         cache = self.prefix_pass(prefixes, starts)
-        special = self.special_pass(cache, starts)
+        own = DynamicCache()
+        special = self.special_pass(cache, starts, own=own)
         offsets = torch.arange(int((lengths[rows] - ends).max()) + 1, device=token_ids.device) - 1
         columns = ends[:, None] + offsets
         real = columns < lengths[rows, None]
         columns = columns.where(real, 0)
         suffixes = token_ids[rows[:, None], columns[:, 1:]]
-        hidden = torch.cat([special[:, -1:], self._suffix_pass(suffixes, ends, cache)], dim=1)
+        hidden = torch.cat([special[:, -1:], self._suffix_pass(suffixes, ends, own)], dim=1)
         return hidden[computed[rows[:, None], columns] & real], computed
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -107,10 +108,17 @@ class AdapterModel(GemTrainingModel):
         return cache
 
     def special_pass(
-        self, cache: DynamicCache, lengths: torch.Tensor, seen: torch.Tensor | None = None
+        self,
+        prefix: DynamicCache,
+        lengths: torch.Tensor,
+        seen: torch.Tensor | None = None,
+        own: DynamicCache | None = None,
     ) -> torch.Tensor:
-        """Pass 2: hidden states [N, k, hidden] of the special tokens, whose keys join the cache."""
-        longest = cache.get_seq_length()
+        """Pass 2: hidden states [N, k, hidden] of the special tokens.
+
+        prefix: of pass 1, left as it is; own: takes up the special tokens' keys and values.
+        """
+        longest = prefix.get_seq_length()
         offsets = torch.arange(self.k, device=lengths.device)
         embeds = self._special_embeds()
         with grouped(self.base):
@@ -122,25 +130,23 @@ class AdapterModel(GemTrainingModel):
                     lambda window: special_mask(lengths, longest, self.k, window, seen),
                 ),
                 position_ids=lengths[:, None] + offsets,
-                past_key_values=cache,
-                use_cache=True,
+                past_key_values=own,
+                use_cache=own is not None,
+                prefix=prefix,
             )
         return output.last_hidden_state
 
     def _suffix_pass(
-        self, suffix_ids: torch.Tensor, starts: torch.Tensor, cache: DynamicCache
+        self, suffix_ids: torch.Tensor, starts: torch.Tensor, special: DynamicCache
     ) -> torch.Tensor:
         """Pass 3: hidden states [N, n, hidden] of suffixes that begin at positions ``starts``."""
-        special = DynamicCache()
-        for index, layer in enumerate(cache.layers):
-            special.update(layer.keys[:, :, -self.k :], layer.values[:, :, -self.k :], index)
         length = suffix_ids.shape[1]
         with self.lm.disable_adapter():
             return self._decoder(
                 input_ids=suffix_ids,
                 attention_mask=layer_masks(
                     self.config,
-                    cache.layers[0].keys.dtype,
+                    special.layers[0].keys.dtype,
                     lambda window: suffix_mask(length, self.k, window, device=suffix_ids.device),
                 ),
                 position_ids=starts[:, None] + torch.arange(length, device=starts.device),

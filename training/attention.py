@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 
 NAME = "gem_grouped"
 
@@ -21,24 +21,32 @@ def grouped_attention(
     attention_mask: torch.Tensor,
     scaling: float,
     softcap: float | None = None,
+    *,
+    prefix: DynamicCache,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Eager attention that serves all heads of a group from one copy of their keys and values.
+    """Eager attention of k queries over the keys of a prefix and their own.
 
-    transformers' SDPA repeats keys and values for every query head as soon as there is a mask, and
-    keeps the copies for the backward pass: for k queries they would be nearly all of its memory.
+    transformers would join the two, and its SDPA repeat them for every query head as soon as there
+    is a mask; copies that the backward pass keeps, as it would compute gradients of the prefix,
+    which nobody asks for. Here it is read where it lies, by all heads of a group.
 
-    query: [N, H, k, D]; key, value: [N, G, S, D], G dividing H; attention_mask: additive
-    [N or 1, 1, k, S]. Returns [N, k, H, D], and no weights.
+    query: [N, H, k, D]; key, value: [N, G, k, D], G dividing H; prefix: of each layer as many rows,
+    [N, G, S, D]; attention_mask: additive [N or 1, 1, k, S + k]. Returns [N, k, H, D], no weights.
     """
     rows, heads, queries, _ = query.shape
     groups = key.shape[1]
-    scores = query.reshape(rows, groups, -1, query.shape[-1]) @ key.transpose(2, 3) * scaling
-    scores = scores.view(rows, heads, queries, -1)
+    before = prefix.layers[module.layer_idx]
+    grouped_query = query.reshape(rows, groups, -1, query.shape[-1])
+    scores = torch.cat([grouped_query @ each.transpose(2, 3) for each in (before.keys, key)], -1)
+    scores = scores.view(rows, heads, queries, -1) * scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     weights = torch.softmax(scores + attention_mask, dim=-1, dtype=torch.float32).to(value.dtype)
-    output = weights.view(rows, groups, -1, key.shape[2]) @ value
+    seen, own = weights.view(rows, groups, -1, scores.shape[-1]).split(
+        [before.keys.shape[2], queries], dim=-1
+    )
+    output = seen @ before.values + own @ value
     return output.view(rows, heads, queries, -1).transpose(1, 2).contiguous(), None
 
 
@@ -46,7 +54,7 @@ AttentionInterface.register(NAME, grouped_attention)
 
 
 def grouped(model: PreTrainedModel) -> AbstractContextManager[None]:
-    """Let ``model`` compute with `grouped_attention`."""
+    """Let ``model`` compute with `grouped_attention`; its forward pass takes ``prefix``, too."""
     return _implementation(model, NAME)
 
 

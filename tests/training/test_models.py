@@ -232,6 +232,25 @@ def test_nothing_is_kept_for_a_backward_pass_through_the_prefix(
     assert not any(layer.keys.requires_grad or layer.values.requires_grad for layer in cache.layers)
 
 
+def test_the_prefix_is_read_where_it_lies(tiny_base: Callable[..., Path]) -> None:
+    model, _ = make_model(tiny_base(), AdapterModel)
+    ids, lengths = pad(random_texts())
+    prefix = model.prefix_pass(ids, lengths)
+    layers = [part for layer in prefix.layers for part in (layer.keys, layer.values)]
+    lie = {part.data_ptr() for part in layers}
+    kept: list[int] = []
+
+    def keep(saved: torch.Tensor) -> torch.Tensor:
+        if saved.numel() >= layers[0].numel() and ids.shape[1] in saved.shape:
+            kept.append(saved.data_ptr())
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+        model.special_pass(prefix, lengths)
+    assert set(kept) == lie
+    assert prefix.get_seq_length() == ids.shape[1]
+
+
 def test_a_base_with_dropout_is_computed_without(tiny_base: Callable[..., Path]) -> None:
     model, _ = make_model(tiny_base("llama", attention_dropout=0.5), AdapterModel)
     model.train()
