@@ -71,7 +71,7 @@ def write_model_card(
         name=options.out.resolve().name,
         base=base,
         summary=textwrap.fill(summary, width=100),
-        data=", ".join(f"`{Path(spec).name}`" for spec in options.data),
+        data=_data(options),
         steps=_steps(options, max((log["step"] for log in log_history), default=options.steps)),
         losses="".join(
             f"| {title} | {row} |\n"
@@ -137,6 +137,13 @@ def source_commit() -> str | None:
         return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
     except (FileNotFoundError, subprocess.CalledProcessError):
         return None
+
+
+def _data(options: TrainOptions) -> str:
+    texts = ", ".join(f"`{Path(spec).name}`" for spec in options.data)
+    if options.pairs is None:
+        return texts
+    return f"{texts}; {options.pairs_share:.0%} of the batches are of `{Path(options.pairs).name}`"
 
 
 def _steps(options: TrainOptions, run: int) -> str:
