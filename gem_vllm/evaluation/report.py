@@ -162,7 +162,8 @@ def _plot(file: Path, result: dict[str, Any], columns: list[Column]) -> None:
     axes.set_xlim(lowest - 0.1 if lowest < 0 else 0, 1.1)
     if limit := result["about"].get("limit"):
         axes.set_title(limit, fontsize=9)
-    axes.legend(fontsize=8, loc="lower right")
     figure.tight_layout()
-    figure.savefig(file, dpi=120)
+    # Below the bars, where it hides none of them.
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=len(columns))
+    figure.savefig(file, dpi=120, bbox_inches="tight")
     pyplot.close(figure)
