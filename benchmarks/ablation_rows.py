@@ -56,6 +56,8 @@ GROUPS: dict[str, list[Row]] = {
     ],
     "Positives": [
         Row("spans", "spans alone", {"positives": "spans"}),
+        Row("spans-192", "half spans of 192 tokens at most, half dropout 50 %",
+            {"span_tokens": 192}),
         Row("dropout-50", "dropout 50 % alone", {"positives": "dropout"}),
         Row("dropout-80", "dropout 80 % alone", {"positives": "dropout", "drop_rate": 0.8}),
         Row("drop-30", "half spans, half dropout 30 %", {"drop_rate": 0.3}),

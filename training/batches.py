@@ -238,7 +238,7 @@ class TrainBatches(IterableDataset):
 
     def _pair(self, content: list[int], kind: str, rng: random.Random) -> list[list[int]]:
         if kind == "spans":
-            return [*span_pair(content, rng)]
+            return [*span_pair(content, rng, longest=self.options.span_tokens)]
         if kind == "cloze":
             return [*cloze_pair(content, rng)]
         if kind == "masks":

@@ -64,6 +64,7 @@ class TrainOptions:
     drop_rate: float = 0.3
     anchor_drop_rate: float = 0.0
     span_share: float = 0.5
+    span_tokens: int = 64
     cloze_share: float = 0.0
     scale: float = 20.0
     symmetric: bool = False
@@ -141,6 +142,7 @@ class TrainOptions:
             "steps": 1,
             "batch_size": 2,
             "max_tokens": 2 * MIN_SPAN_TOKENS + self.special_tokens,
+            "span_tokens": MIN_SPAN_TOKENS,
             "seed": 0,
             "alpha_steps": 0,
             "lora_rank": 1,

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 
 MIN_SPAN_TOKENS = 8
-MAX_SPAN_TOKENS = 64
 MAX_QUERY_TOKENS = 32
 MAX_REST_TOKENS = 192
 LEFT_IN = 0.1
@@ -32,12 +31,14 @@ def _dropped(token_ids: list[int], rate: float, rng: random.Random) -> list[int]
     return kept or [rng.choice(token_ids)]
 
 
-def span_pair(token_ids: list[int], rng: random.Random) -> tuple[list[int], list[int]]:
-    """Two random spans of one text, each of 8 to 64 tokens, which may overlap (ours).
+def span_pair(
+    token_ids: list[int], rng: random.Random, *, longest: int
+) -> tuple[list[int], list[int]]:
+    """Two random spans of one text, each of 8 to ``longest`` tokens, which may overlap (ours).
 
     Lengths are uniform: short spans name a text's topic, long ones say what it says of it.
     """
-    return _span(token_ids, rng), _span(token_ids, rng)
+    return _span(token_ids, longest, rng), _span(token_ids, longest, rng)
 
 
 def cloze_pair(token_ids: list[int], rng: random.Random) -> tuple[list[int], list[int]]:
@@ -73,8 +74,8 @@ def shared_texts(pairs: Sequence[list[list[int]]]) -> torch.Tensor:
     return torch.cat([same, (sides[:, None] == negatives[:, None]).any(dim=2)], dim=1)
 
 
-def _span(token_ids: list[int], rng: random.Random) -> list[int]:
-    start, length = _cut(token_ids, MAX_SPAN_TOKENS, rng)
+def _span(token_ids: list[int], most: int, rng: random.Random) -> list[int]:
+    start, length = _cut(token_ids, most, rng)
     return token_ids[start : start + length]
 
 

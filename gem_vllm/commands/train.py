@@ -117,6 +117,9 @@ def train(
     span_share: Annotated[
         float, typer.Option(help="Of mix, the share of spans.", rich_help_panel=_CONTRASTIVE)
     ] = 0.5,
+    span_tokens: Annotated[
+        int, typer.Option(help="Longest span, in tokens.", rich_help_panel=_CONTRASTIVE)
+    ] = 64,
     cloze_share: Annotated[
         float, typer.Option(help="Of mix, the share of cloze.", rich_help_panel=_CONTRASTIVE)
     ] = 0.0,
@@ -298,6 +301,7 @@ def train(
         drop_rate=drop_rate,
         anchor_drop_rate=anchor_drop_rate,
         span_share=span_share,
+        span_tokens=span_tokens,
         cloze_share=cloze_share,
         scale=scale,
         symmetric=symmetric,
