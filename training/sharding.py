@@ -143,6 +143,8 @@ class ShardedTrainer(GemTrainer):
             index: {name: peers.whole(value) for name, value in of_weight.items()}
             for index, of_weight in optimizer["state"].items()
         }
+        for group in optimizer["param_groups"]:
+            group["fused"] = group["foreach"] = None  # whichever suits the run that goes on
         if self.args.should_save:
             torch.save(optimizer, Path(output_dir) / OPTIMIZER_NAME)
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
