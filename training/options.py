@@ -126,9 +126,13 @@ class TrainOptions:
         return {name: value for name, value in values.items() if name not in FREE_ON_RESUME}
 
     def difference(self, recorded: dict[str, Any]) -> list[str]:
-        """Names of the options in which a run that recorded `bound` differs."""
+        """Names of the options in which a run that recorded `bound` differs.
+
+        An option that is newer than the run had its default there.
+        """
         now = self.bound()
-        return [name for name in now if now[name] != recorded.get(name)]
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        return [name for name in now if now[name] != recorded.get(name, defaults[name])]
 
     def _check(self) -> None:
         for name, choices in CHOICES.items():

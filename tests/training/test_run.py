@@ -196,6 +196,13 @@ def test_diverging_is_said(options: TrainOptions) -> None:
         train(options, progress=False)
 
 
+def test_an_option_that_is_newer_than_a_run_had_its_default_there(options: TrainOptions) -> None:
+    recorded = options.bound()
+    del recorded["span_tokens"]
+    assert options.difference(recorded) == []
+    assert dataclasses.replace(options, span_tokens=32).difference(recorded) == ["span_tokens"]
+
+
 def test_model_card(options: TrainOptions) -> None:
     train(options, progress=False)
     card = (options.out / "README.md").read_text()
