@@ -163,20 +163,17 @@ class GemTrainingModel(nn.Module, ABC):
     def ntp_loss(self, token_ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """Mixed next-token prediction of rows [N, T] with lengths [N]: a scalar.
 
-        Logits are the largest tensors of all, so they are computed a part at a time, and again in
-        the backward pass.
+        Logits are the largest tensors of all, so those of many positions are computed a part at a
+        time, and again in the backward pass.
         """
         targets = next_token_targets(token_ids, lengths, self.special_ids)
         hidden, computed = self.ordinary_states(token_ids, lengths, targets != IGNORE)
-        parts = [
-            checkpoint(self._ntp_total, *part, use_reentrant=False)
-            for part in zip(
-                hidden.split(POSITIONS_AT_ONCE),
-                targets[computed].split(POSITIONS_AT_ONCE),
-                strict=True,
-            )
-        ]
-        return next_token_loss(torch.stack(parts).sum(), len(hidden))
+        targets = targets[computed]
+        if len(hidden) <= POSITIONS_AT_ONCE:
+            return next_token_loss(self._ntp_total(hidden, targets), len(hidden))
+        parts = zip(hidden.split(POSITIONS_AT_ONCE), targets.split(POSITIONS_AT_ONCE), strict=True)
+        totals = [checkpoint(self._ntp_total, *part, use_reentrant=False) for part in parts]
+        return next_token_loss(torch.stack(totals).sum(), len(hidden))
 
     def _ntp_total(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         logits = self.logits(hidden)
