@@ -19,8 +19,9 @@ from gem_vllm.training.packing import Packing
 class DenseModel(GemTrainingModel):
     """All weights (``full``) or an ordinary LoRA and the special rows (``lora``) are trained.
 
-    ``pack_into``: short rows are packed into rows of so many tokens; None: each is padded to the
-    longest. On CUDA packed rows attend by FlexAttention, elsewhere by SDPA under a dense mask.
+    ``pack_into``: short rows are packed into rows of so many tokens at most; None: each is padded
+    to the longest. On CUDA packed rows attend by FlexAttention, elsewhere by SDPA under a dense
+    mask.
     """
 
     pack_into: int | None = None
@@ -72,10 +73,12 @@ class DenseModel(GemTrainingModel):
         self, token_ids: torch.Tensor, lengths: torch.Tensor, width: int
     ) -> torch.Tensor:
         """The same of rows that are packed into rows of ``width`` tokens, or of the longest one."""
+        width = max(width, int(lengths.max()))
         flex = self._flex(token_ids)
-        packing = Packing.of(
-            lengths, max(width, int(lengths.max())), multiple_of=FLEX_BLOCK if flex else 1
-        )
+        if flex:
+            packing = Packing.of(lengths, width, multiple_of=FLEX_BLOCK)
+        else:
+            packing = Packing.for_dense_masks(lengths, width)
         position = torch.arange(token_ids.shape[1], device=token_ids.device).expand_as(token_ids)
 
         def intervals(window: int | None) -> tuple[torch.Tensor, torch.Tensor]:

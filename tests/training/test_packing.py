@@ -65,6 +65,18 @@ def test_packing_is_tight_and_undone() -> None:
     assert Packing.of(lengths, 33, multiple_of=48).shape == (3, 48)  # 32 + 14 + 1, 31 + 12 + 5, 18
 
 
+def test_rows_under_a_dense_mask_are_as_wide_as_is_cheapest() -> None:
+    """Narrow where that fills them, wider where each would hold one text, never over the limit."""
+
+    def shape(lengths: list[int], width: int) -> tuple[int, int]:
+        return Packing.for_dense_masks(torch.tensor(lengths), width).shape
+
+    assert shape([20, 30, 50] * 8, 512) == (16, 50)
+    assert shape([30] * 15 + [50], 512) == (6, 90)
+    assert shape([30] * 15 + [50], 60) == (9, 60)
+    assert shape([400, *[20] * 20], 512) == (2, 400)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_rows_give_the_same_losses_and_gradients(
     tiny_base: Callable[..., Path], family: str
