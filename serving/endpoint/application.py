@@ -9,7 +9,8 @@ from ray.serve import Application
 from ray.serve._private.constants import RAY_SERVE_ENABLE_HA_PROXY
 from ray.serve.config import RequestRouterConfig
 
-from gem_vllm.serving.endpoint.door import RETRY_AFTER_S, Limits
+from gem_vllm.serving.endpoint.door import Limits
+from gem_vllm.serving.endpoint.exchange import RETRY_AFTER_S
 from gem_vllm.serving.endpoint.options import EndpointOptions
 from gem_vllm.serving.pool import engine_needs
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ray.serve.llm.deployment import LLMServer
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gem_vllm.serving.endpoint import metrics
@@ -43,7 +44,9 @@ class GemServer(LLMServer):
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         """vLLM's application, behind the door; called by Serve once the engine runs."""
         app = await super().__serve_build_asgi_app__()
-        self._door = Door(_EndWithEngine(app), self._limits, self._api_keys)
+        around = {each.cls: each.kwargs for each in app.user_middleware}
+        cors = around.get(CORSMiddleware)
+        self._door = Door(_EndWithEngine(app), self._limits, self._api_keys, cors)
         return metrics.CountRequests(self._door)
 
     def drain(self) -> None:

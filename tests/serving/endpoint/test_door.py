@@ -170,6 +170,19 @@ def test_vllm_gets_the_path_below_the_route_prefix_and_the_body(
     assert counted == {("embed", "200"): 2}
 
 
+def test_a_page_in_a_browser_sees_why_it_is_refused(keys: Path, application: Application) -> None:
+    async def ask(**headers: str) -> httpx.Response:
+        cors = {"allow_origins": ["http://page"], "allow_credentials": True}
+        async with client_of(Door(application.api, LIMITS, keys, cors)) as client:
+            return await client.post("/v1/embeddings", headers=headers)
+
+    refused = asyncio.run(ask(origin="http://page"))
+    assert refused.status_code == 401
+    assert refused.headers["access-control-allow-origin"] == "http://page"
+    assert "access-control-allow-origin" not in asyncio.run(ask(origin="http://other")).headers
+    assert asyncio.run(ask()).json() == refused.json()
+
+
 def test_what_breaks_is_counted_as_the_client_sees_it(
     ask: Ask, key: dict[str, str], application: Application, counted: Counter[tuple[str, str]]
 ) -> None:

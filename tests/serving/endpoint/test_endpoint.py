@@ -184,10 +184,13 @@ def test_every_route_that_computes_wants_a_key(endpoint: Endpoint) -> None:
         openai.OpenAI(base_url=f"{endpoint.url}/v1", api_key="gem-no").models.list()
 
 
-def test_a_page_in_a_browser_may_ask(endpoint: Endpoint) -> None:
+def test_a_page_in_a_browser_may_ask_and_sees_why_it_is_refused(endpoint: Endpoint) -> None:
     headers = {"Origin": PAGE, "Access-Control-Request-Method": "POST"}
     answer = httpx.options(f"{endpoint.url}/v1/embeddings", headers=headers)
     assert answer.status_code == 200
+    assert answer.headers["access-control-allow-origin"] == PAGE
+    answer = httpx.post(f"{endpoint.url}/v1/embeddings", headers={"Origin": PAGE}, json={})
+    assert answer.status_code == 401
     assert answer.headers["access-control-allow-origin"] == PAGE
 
 
