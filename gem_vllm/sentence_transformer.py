@@ -79,8 +79,9 @@ class GemModule(InputModule):
         return self.gem_config.embedding_size(self.model.config.hidden_size)
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
-        """Copy the checkpoint's files."""
-        shutil.copytree(self.folder, output_path, dirs_exist_ok=True, ignore=_own_files)
+        """Copy the checkpoint's files, unless they are there."""
+        if Path(output_path).resolve() != self.folder.resolve():
+            shutil.copytree(self.folder, output_path, dirs_exist_ok=True, ignore=_own_files)
 
     @classmethod
     def load(cls, model_name_or_path: str, subfolder: str = "", **kwargs: Any) -> GemModule:

@@ -61,13 +61,14 @@ def test_threads_get_the_vectors_of_one(
     np.testing.assert_array_equal(model.encode(texts), expected)
 
 
+@pytest.mark.parametrize("where", ["again", "st"], ids=["elsewhere", "where-it-is"])
 def test_saved_by_sentence_transformers_it_loads_again(
-    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, where: str
 ) -> None:
     export(tiny_checkpoint("llama"), tmp_path / "st")
     model = SentenceTransformer(str(tmp_path / "st"), trust_remote_code=True, device="cpu")
-    model.save(str(tmp_path / "again"))
-    again = SentenceTransformer(str(tmp_path / "again"), trust_remote_code=True, device="cpu")
+    model.save(str(tmp_path / where))
+    again = SentenceTransformer(str(tmp_path / where), trust_remote_code=True, device="cpu")
     np.testing.assert_array_equal(model.encode(TEXTS), again.encode(TEXTS))
 
 
