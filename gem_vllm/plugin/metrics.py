@@ -30,6 +30,8 @@ from vllm.v1.metrics.stats import (
     SchedulerStats,
 )
 
+from gem_vllm.plugin.config import WORKER
+
 STEPS_METRIC = "gem_steps"
 STEP_KINDS = ("embed", "generate", "mixed")
 TASKS = ("embed", "generate")
@@ -94,9 +96,12 @@ class _Metrics:
 
 
 class GemStatLogger(StatLoggerBase):
-    """Counts the steps and the finished requests of one engine."""
+    """Counts the steps and the finished requests of one engine, if it is a GEM engine."""
 
     def __init__(self, vllm_config: VllmConfig, engine_index: int = 0) -> None:
+        self._counts = vllm_config.parallel_config.worker_cls == WORKER
+        if not self._counts:
+            return
         engine = str(engine_index)
         metrics = _Metrics.of_process()
         self._steps = {kind: metrics.steps.labels(kind, engine) for kind in STEP_KINDS}
@@ -113,6 +118,8 @@ class GemStatLogger(StatLoggerBase):
         engine_idx: int = 0,
     ) -> None:
         """Add one step's counts, and the requests that it finished."""
+        if not self._counts:
+            return
         if scheduler_stats is not None:
             for kind, count in take_step_counts(scheduler_stats).items():
                 self._steps[kind].inc(count)

@@ -11,23 +11,31 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from prometheus_client import REGISTRY
 from vllm import PoolingParams
-from vllm.config import PoolerConfig
+from vllm.config import ParallelConfig, PoolerConfig, VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 from vllm.plugins import load_general_plugins
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.engine import FinishReason
+from vllm.v1.metrics.stats import FinishedRequestStats, IterationStats, SchedulerStats
 from vllm.v1.request import Request
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 
 from gem_vllm.config import GemConfig
 from gem_vllm.errors import GemError
 from gem_vllm.plugin import step as gem_step
+from gem_vllm.plugin.config import WORKER
 from gem_vllm.plugin.last_layer import LastLayerMLP, ReadRows
-from gem_vllm.plugin.metrics import STEP_KINDS, attach_step_counts, take_step_counts
+from gem_vllm.plugin.metrics import (
+    STEP_KINDS,
+    GemStatLogger,
+    attach_step_counts,
+    take_step_counts,
+)
 from gem_vllm.plugin.pooler import pool_special_tokens
 from gem_vllm.plugin.runner import GemModelRunner
 from gem_vllm.plugin.runner_mixin import GemRunner
@@ -112,6 +120,20 @@ def test_step_counts_travel_and_leave_nothing_behind() -> None:
     assert stats.waiting_lora_adapters == {"shakespeare": 2}
     assert take_step_counts(stats) == {}
     assert set(STEP_KINDS) == {"embed", "generate", "mixed"}
+
+
+@pytest.mark.parametrize("worker", [WORKER, "vllm.v1.worker.cpu_worker.CPUWorker"])
+def test_engines_of_other_models_are_not_counted(worker: str) -> None:
+    logger = GemStatLogger(VllmConfig(parallel_config=ParallelConfig(worker_cls=worker)), 7)
+    counted = "gem_generation_tokens_total", {"engine": "7"}
+    before = REGISTRY.get_sample_value(*counted) or 0
+    stats = IterationStats()
+    stats.finished_requests = [
+        FinishedRequestStats(FinishReason.STOP, num_generation_tokens=3, max_tokens_param=3)
+    ]
+    logger.record(SchedulerStats(), stats)
+    after = REGISTRY.get_sample_value(*counted) or 0
+    assert after - before == (3 if worker == WORKER else 0)
 
 
 @pytest.mark.parametrize(
