@@ -19,9 +19,9 @@ from gem_vllm.training.packing import Packing
 class DenseModel(GemTrainingModel):
     """All weights (``full``) or an ordinary LoRA and the special rows (``lora``) are trained.
 
-    ``pack_into``: short rows are packed into rows of so many tokens at most; None: each is padded
-    to the longest. On CUDA packed rows attend by FlexAttention, elsewhere by SDPA under a dense
-    mask.
+    ``pack_into``: short rows are packed; None: each is padded to the longest. On CUDA they are
+    packed into rows of so many tokens, which attend by FlexAttention; elsewhere into rows as wide
+    as is cheapest, which attend by SDPA under a dense mask.
     """
 
     pack_into: int | None = None
@@ -72,13 +72,12 @@ class DenseModel(GemTrainingModel):
     def _packed_hidden(
         self, token_ids: torch.Tensor, lengths: torch.Tensor, width: int
     ) -> torch.Tensor:
-        """The same of rows that are packed into rows of ``width`` tokens, or of the longest one."""
-        width = max(width, int(lengths.max()))
+        """The same of rows that are packed; ``width``: as ``pack_into``, or of the longest one."""
         flex = self._flex(token_ids)
         if flex:
-            packing = Packing.of(lengths, width, multiple_of=FLEX_BLOCK)
+            packing = Packing.of(lengths, max(width, int(lengths.max())), multiple_of=FLEX_BLOCK)
         else:
-            packing = Packing.for_dense_masks(lengths, width)
+            packing = Packing.for_dense_masks(lengths)
         position = torch.arange(token_ids.shape[1], device=token_ids.device).expand_as(token_ids)
 
         def intervals(window: int | None) -> tuple[torch.Tensor, torch.Tensor]:

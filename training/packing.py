@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 
 # Cells of a row of which attention under a dense mask takes as long as all else, on a CPU, in a
 # model of 135 million parameters; more in a larger one, where there is less to choose.
 ATTENTION_EQUALS = 1500
+# Widths of rows that are tried, in eighths of the longest text.
+WIDTHS = range(8, 33)
 
 
 @dataclass(frozen=True)
@@ -52,20 +55,31 @@ class Packing:
         return cls(*moved, lengths, (len(used), rounded(max(used))))
 
     @classmethod
-    def for_dense_masks(cls, lengths: torch.Tensor, width: int) -> Packing:
+    def for_dense_masks(cls, lengths: torch.Tensor) -> Packing:
         """The cheapest of some, where a row's attention costs its length squared, seen or not.
 
-        Wide rows are filled better and are masked to a larger part. lengths: int64 [N]; width:
-        cells of a row at most, as many as the longest at least.
+        Wide rows are filled better and are masked to a larger part. B * L is one of eight numbers
+        between powers of two, so that a step's tensors fit where another step's were; some rows may
+        be empty. (With sizes that are new in every step, glibc's malloc comes to take a quarter of
+        the time: it searches one list of all free blocks of more than half a megabyte.)
+
+        lengths: int64 [N].
         """
         longest = int(lengths.max())
-        widths = {min(times * longest, width) for times in (1, 2, 4)}
+        unit = 2 ** max(round(math.log2(longest / 8)), 0)
+        widths = sorted({-(-longest * each // (8 * unit)) * unit for each in WIDTHS})
+        found = (cls.of(lengths, each, multiple_of=unit) for each in widths)
+        return min((each._of_a_usual_size() for each in found), key=cls._cost)
 
-        def cost(packing: Packing) -> int:
-            rows, cells = packing.shape
-            return rows * cells * (ATTENTION_EQUALS + cells)
+    def _cost(self) -> int:
+        rows, cells = self.shape
+        return rows * cells * (ATTENTION_EQUALS + cells)
 
-        return min((cls.of(lengths, each) for each in sorted(widths)), key=cost)
+    def _of_a_usual_size(self) -> Packing:
+        rows, cells = self.shape
+        unit = max(2 ** (math.floor(math.log2(rows * cells)) - 3), 1)
+        step = unit // math.gcd(unit, cells)
+        return replace(self, shape=(-(-rows // step) * step, cells))
 
     def pack(self, values: torch.Tensor) -> torch.Tensor:
         """[N, T] to [B, L]; cells that hold nothing are 0."""

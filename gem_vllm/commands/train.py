@@ -157,8 +157,8 @@ def train(
     packing: Annotated[
         bool,
         typer.Option(
-            help="Of full and lora: pack short texts into sequences of --max-tokens, so that no "
-            "time goes into padding. (The adapter's texts go through the base by like lengths.)",
+            help="Of full and lora: pack short texts into longer sequences, so that no time goes "
+            "into padding. (The adapter's texts go through the base by like lengths.)",
             rich_help_panel=_CONTRASTIVE,
         ),
     ] = True,

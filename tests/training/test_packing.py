@@ -66,15 +66,29 @@ def test_packing_is_tight_and_undone() -> None:
 
 
 def test_rows_under_a_dense_mask_are_as_wide_as_is_cheapest() -> None:
-    """Narrow where that fills them, wider where each would hold one text, never over the limit."""
+    """Narrow where that fills them, wider where each would hold one text."""
 
-    def shape(lengths: list[int], width: int) -> tuple[int, int]:
-        return Packing.for_dense_masks(torch.tensor(lengths), width).shape
+    def shape(lengths: list[int]) -> tuple[int, int]:
+        return Packing.for_dense_masks(torch.tensor(lengths)).shape
 
-    assert shape([20, 30, 50] * 8, 512) == (16, 50)
-    assert shape([30] * 15 + [50], 512) == (6, 90)
-    assert shape([30] * 15 + [50], 60) == (9, 60)
-    assert shape([400, *[20] * 20], 512) == (2, 400)
+    assert shape([8, 24, 32] * 8) == (16, 32)  # 512 cells, all full
+    assert shape([30] * 16 + [40]) == (4, 160)  # five of 30 to a row
+    assert shape([400, *[20] * 20]) == (2, 448)
+    assert shape([400]) == (1, 448)
+
+
+@pytest.mark.parametrize("longest", [5, 60, 300])
+def test_rows_under_a_dense_mask_come_in_few_sizes(longest: int) -> None:
+    random = torch.Generator().manual_seed(0)
+    sizes = set()
+    for _ in range(50):
+        lengths = torch.randint(3, longest, (64,), generator=random)
+        packing = Packing.for_dense_masks(lengths)
+        rows = torch.ones(64, longest, dtype=torch.int64)
+        assert packing.pack(rows).sum() == lengths.sum()
+        sizes.add(packing.shape[0] * packing.shape[1])
+    assert len(sizes) <= 8
+    assert max(sizes) < 2 * min(sizes)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
