@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -49,13 +50,14 @@ _DELTA = "token_adapter.trainable_tokens_delta"
 
 
 def load_base(
-    folder: str | Path, *, dtype: torch.dtype
+    folder: str | Path, *, dtype: torch.dtype, weights: bool = True
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a base model: an ordinary Hugging Face folder with safetensors weights.
 
     Args:
         folder: local folder.
         dtype: of the model in memory.
+        weights: False leaves them where they are: the model is on the meta device.
 
     Returns:
         The model, on the CPU and in evaluation mode, and its tokenizer.
@@ -69,7 +71,11 @@ def load_base(
     if "gem_config" in config:
         raise GemConfigError(f"{folder} is a GEM checkpoint already; name the base it came from")
     plain_architecture(config)
-    return _load(folder, dtype)
+    if weights:
+        return _load(folder, dtype)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
+    return model.eval(), load_tokenizer(folder)
 
 
 def add_special_tokens(

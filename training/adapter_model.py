@@ -20,6 +20,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from gem_vllm.errors import GemError
+from gem_vllm.training import peers
 from gem_vllm.training.attention import grouped
 from gem_vllm.training.masks import layer_masks, special_mask, suffix_mask
 from gem_vllm.training.model import GemTrainingModel
@@ -55,6 +56,24 @@ class AdapterModel(GemTrainingModel):
         self, token_ids: torch.Tensor, lengths: torch.Tensor, predicting: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Suffixes and the token before each: nothing trained acts on raw text or a prefix."""
+        most = count = int((token_ids == self.special_ids[0]).any(dim=1).sum())
+        if self.in_step:
+            most = peers.largest(count, token_ids.device)
+        if count:
+            return self._suffix_states(token_ids, lengths, predicting)
+        nothing = torch.zeros_like(predicting)
+        if not most:
+            return self._special_embeds()[:0], nothing  # with a gradient (of zero)
+        # Other processes make the three passes: along with them, over a row that predicts nothing.
+        row = token_ids.new_tensor([[0, *self.special_ids, 0]])
+        length = lengths.new_tensor([row.shape[1]])
+        hidden, _ = self._suffix_states(row, length, torch.zeros_like(row, dtype=torch.bool))
+        return hidden, nothing
+
+    def _suffix_states(
+        self, token_ids: torch.Tensor, lengths: torch.Tensor, predicting: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`ordinary_states` by the three passes, over the rows with special tokens."""
         first_id = self.special_ids[0]
         rows = (token_ids == first_id).any(dim=1).nonzero().flatten()
         starts = (token_ids[rows] == first_id).int().argmax(dim=1)
@@ -62,9 +81,6 @@ class AdapterModel(GemTrainingModel):
         computed = torch.zeros_like(predicting)
         position = torch.arange(token_ids.shape[1], device=token_ids.device)
         computed[rows] = predicting[rows] & (position >= ends[:, None] - 1)
-        if not len(rows):
-            return self._special_embeds()[:0], computed  # nothing, but with a gradient (of zero)
-
         prefixes = token_ids[rows, : int(starts.max())]
         cache = self.prefix_pass(prefixes, starts)
         own = DynamicCache()
@@ -90,11 +106,12 @@ class AdapterModel(GemTrainingModel):
         cache = DynamicCache()
         order = lengths.argsort(descending=True)
         with self.lm.disable_adapter():
-            for rows in order.split(TEXTS_PER_PASS[token_ids.device.type]):
-                longest = int(lengths[rows].max())
+            for rows in self._parts(order, TEXTS_PER_PASS[token_ids.device.type]):
+                computed = rows if len(rows) else order[-1:]
+                longest = int(lengths[computed].max())
                 part = DynamicCache()
                 self._decoder(
-                    input_ids=token_ids[rows, :longest], past_key_values=part, use_cache=True
+                    input_ids=token_ids[computed, :longest], past_key_values=part, use_cache=True
                 )
                 for index, layer in enumerate(part.layers):
                     if index == len(cache.layers):
@@ -103,8 +120,8 @@ class AdapterModel(GemTrainingModel):
                         cache.update(
                             layer.keys.new_zeros(shape), layer.values.new_zeros(shape), index
                         )
-                    cache.layers[index].keys[rows, :, :longest] = layer.keys
-                    cache.layers[index].values[rows, :, :longest] = layer.values
+                    cache.layers[index].keys[computed, :, :longest] = layer.keys
+                    cache.layers[index].values[computed, :, :longest] = layer.values
         return cache
 
     def special_pass(

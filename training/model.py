@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,7 +35,10 @@ class GemTrainingModel(nn.Module, ABC):
     ``rows_per_pass``: texts of the contrastive phase that are computed at once; None for all.
     ``matryoshka``: sizes of leading parts of an embedding that are embeddings, too: the contrastive
     loss is the mean over these and the whole (arXiv 2205.13147).
+    ``in_step``: each process holds a part of the base, so all must make as many passes over it.
     """
+
+    in_step: bool = False
 
     def __init__(
         self,
@@ -145,20 +148,32 @@ class GemTrainingModel(nn.Module, ABC):
         Of a part that is computed again in the backward pass nothing is kept but its input, so
         that memory does not grow with the batch (gradient caching, arXiv 2101.06983).
         """
-        most = self.rows_per_pass
-        if most is None or len(token_ids) <= most:
+        every = torch.arange(len(token_ids), device=token_ids.device)
+        passes = [every] if self.rows_per_pass is None else self._parts(every, self.rows_per_pass)
+        if len(passes) == 1:
             return self.special_states(token_ids, lengths, seen)
-        parts = []
-        for start in range(0, len(token_ids), most):
-            rows = slice(start, start + most)
-            longest = int(lengths[rows].max())
+        states = []
+        for rows in passes:
+            computed = rows if len(rows) else every[:1]
+            longest = int(lengths[computed].max())
             part = (
-                token_ids[rows, :longest],
-                lengths[rows],
-                None if seen is None else seen[rows, :longest],
+                token_ids[computed, :longest],
+                lengths[computed],
+                None if seen is None else seen[computed, :longest],
             )
-            parts.append(checkpoint(self.special_states, *part, use_reentrant=False))
-        return torch.cat(parts)
+            found = checkpoint(self.special_states, *part, use_reentrant=False)
+            states.append(found[: len(rows)])
+        return torch.cat(states)
+
+    def _parts(self, rows: torch.Tensor, most: int) -> Sequence[torch.Tensor]:
+        """Row numbers [n] in parts of at most ``most``.
+
+        With ``in_step`` as many parts as in the process that has most of them, some maybe empty.
+        """
+        parts = math.ceil(len(rows) / most)
+        if self.in_step:
+            parts = peers.largest(parts, rows.device)
+        return rows.tensor_split(parts)
 
     def ntp_loss(self, token_ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """Mixed next-token prediction of rows [N, T] with lengths [N]: a scalar.

@@ -37,6 +37,13 @@ def total(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def largest(number: int, device: torch.device) -> int:
+    """The largest of all processes' numbers; they talk through ``device``."""
+    found = torch.tensor(number, device=device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return int(found)
+
+
 def average_(tensors: list[torch.Tensor]) -> None:
     """Each becomes its mean over all processes, which give as many, of the same shapes."""
     if count() == 1 or not tensors:
@@ -66,6 +73,23 @@ def sharded_like(weight: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     if not isinstance(weight, DTensor):
         return tensor
     return distribute_tensor(tensor, weight.device_mesh, weight.placements, src_data_rank=None)
+
+
+@torch.no_grad()
+def deal_(weight: torch.Tensor, read: torch.Tensor | None, device: torch.device) -> None:
+    """Fill ``weight``, or each process's part where it is sharded, with what the first has read.
+
+    read: of ``weight``'s whole shape, on any device; None in the others.
+    """
+    if read is None:
+        read = torch.empty(weight.shape, dtype=weight.dtype)
+    read = read.detach().to(device)
+    if isinstance(weight, DTensor):
+        part = distribute_tensor(read, weight.device_mesh, weight.placements)
+        weight.to_local().copy_(part.to_local())
+    else:
+        dist.broadcast(read, 0)
+        weight.copy_(read)
 
 
 class _Gather(torch.autograd.Function):

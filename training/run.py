@@ -19,6 +19,7 @@ from gem_vllm.config import GemConfig
 from gem_vllm.errors import GemError
 from gem_vllm.folders import check_writable, read_json, write_json
 from gem_vllm.tokens import load_tokenizer
+from gem_vllm.training import peers
 from gem_vllm.training.adapter_model import add_adapter
 from gem_vllm.training.batches import TrainBatches
 from gem_vllm.training.dense_model import DenseModel
@@ -95,7 +96,9 @@ def make_trainer(options: TrainOptions, *, progress: bool = True):
     dtype = compute_dtype(options.dtype)
     # What is trained is kept in float32; a frozen base may as well be in what it computes in.
     model, tokenizer = load_base(
-        options.base, dtype=dtype if options.mode == "adapter" else torch.float32
+        options.base,
+        dtype=dtype if options.mode == "adapter" else torch.float32,
+        weights=not options.shard or peers.rank() == 0,  # the others get their part of them
     )
     context = model.config.get_text_config().max_position_embeddings
     if options.max_tokens > context:

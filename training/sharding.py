@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -16,7 +17,6 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from gem_vllm.errors import GemError
 from gem_vllm.training import peers
-from gem_vllm.training.adapter_model import AdapterModel
 from gem_vllm.training.model import GemTrainingModel
 from gem_vllm.training.options import TrainOptions
 from gem_vllm.training.trainer import GemTrainer
@@ -25,26 +25,29 @@ from gem_vllm.training.trainer import GemTrainer
 def shard_base(model: GemTrainingModel, options: TrainOptions, device: torch.device) -> None:
     """Spread the base over all processes, and move to ``device`` what each holds of the model.
 
+    The first process has read the weights. The model of the others is on the meta device; they
+    never hold more of it than their part, and a layer while it is cut.
+
     A layer's weights are gathered while it computes. In the modes ``adapter`` and ``lora`` the
     layers' frozen weights are spread; what is trained stays whole in every process. In the mode
     ``full`` all weights are, with their gradients and the optimizer's state; whole stays the
     temperature alone.
 
     Raises:
-        GemError: there is one process only, or they would not go through the base in step.
+        GemError: there is one process only.
     """
     if peers.count() == 1:
         raise GemError("--shard spreads the base over processes; start several by torchrun")
     # The processes gather layers together, so each must go through them as often as the others.
-    if options.pairs is not None:
-        raise GemError("--shard does not go with --pairs")
-    if isinstance(model, AdapterModel) and options.raw_share != 0.0:
-        raise GemError("--shard does not go with --raw-share other than 0 in --mode adapter")
+    model.in_step = True
     mesh = init_device_mesh(device.type, (peers.count(),))
     full = options.mode == "full"
+    read = dict(model.named_parameters()) if peers.rank() == 0 else {}
     for layer in model.base.get_decoder().layers:
+        _allocate(layer, device)
         trained = {weight for weight in layer.parameters() if weight.requires_grad}
         fully_shard(layer, mesh=mesh, ignored_params=set() if full else trained)
+    _allocate(model, device)
     if full:
         # Embeddings, head (they may be one) and norm, as a group: none is called by itself.
         fully_shard(
@@ -54,6 +57,20 @@ def shard_base(model: GemTrainingModel, options: TrainOptions, device: torch.dev
     for tensor in chain(model.parameters(), model.buffers()):
         if not isinstance(tensor, DTensor):
             tensor.data = tensor.data.to(device)
+    for buffer in model.buffers():
+        dist.broadcast(buffer, 0)
+    for name, weight in model.named_parameters():
+        peers.deal_(weight, read.get(name), device)
+
+
+def _allocate(module: nn.Module, device: torch.device) -> None:
+    """Memory for what is on the meta device; what is tied stays tied."""
+    for tensor in chain(module.parameters(), module.buffers()):
+        if tensor.is_meta:
+            memory = torch.empty_like(tensor, device=device)
+            if isinstance(tensor, nn.Parameter):
+                memory = nn.Parameter(memory, requires_grad=tensor.requires_grad)
+            torch.utils.swap_tensors(tensor, memory)
 
 
 class ShardedTrainer(GemTrainer):

@@ -1,4 +1,7 @@
-"""Run by `test_processes.py` in several processes: which share of the model each holds."""
+"""Run by `test_processes.py` in several processes: which share of the model each holds.
+
+The first alone may read the base's weights.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,9 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
 from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
 
 from gem_vllm.training import peers
 from gem_vllm.training.options import TrainOptions
@@ -20,7 +25,10 @@ def main() -> None:
     options = TrainOptions(
         base=Path(base), data=(data,), out=Path(out), mode=mode, batch_size=8, shard=True
     )
-    trainer, _, _ = make_trainer(options, progress=False)
+    with pytest.MonkeyPatch.context() as patch:
+        if peers.rank() > 0:
+            patch.delattr(AutoModelForCausalLM, "from_pretrained")
+        trainer, _, _ = make_trainer(options, progress=False)
     if mode == "full":
         weights = list(trainer.model.parameters())
     else:
