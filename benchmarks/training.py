@@ -1,10 +1,10 @@
 """Training, against a forward pass, an ordinary LoRA fine-tune, and sentence-transformers.
 
-    python benchmarks/training.py --base DIR [--out benchmarks/results]
+    python benchmarks/training.py --base DIR [--peers PEER ...] [--out benchmarks/results]
 
 Pairs of Wikipedia texts of one length, the same for all; each peer in a process of its own, one
-after the other, `--rounds` times. Writes ``training.json`` and ``training.md``. About ten minutes
-on two cores that have nothing else to do.
+after the other, `--rounds` times. Writes ``training.json`` and ``training.md``, beside what is
+there of other bases and processors. About ten minutes on two cores that have nothing else to do.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmark_script import about, about_table, run_script
+from benchmark_script import about, about_table, hardware, run_script
 from engine_facts import TEXTS, read_paragraphs
 from training_peers import PEERS
 from transformers import AutoTokenizer
@@ -41,13 +41,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32, help="pairs of a step")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS))
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     args = parser.parse_args()
-    rounds: dict[str, list[dict[str, Any]]] = {peer: [] for peer in PEERS}
+    rounds: dict[str, list[dict[str, Any]]] = {peer: [] for peer in args.peers}
     with tempfile.TemporaryDirectory() as work:
         pairs = write_pairs(args, Path(work) / "pairs.jsonl")
         for number in range(args.rounds):
-            for peer in PEERS:
+            for peer in args.peers:
                 print(f"round {number + 1}: {peer}", file=sys.stderr, flush=True)
                 rounds[peer].append(run(peer, args, pairs, Path(work)))
     result = {
@@ -59,8 +60,11 @@ def main() -> None:
         "rounds": rounds,
     }
     args.out.mkdir(parents=True, exist_ok=True)
-    write_json(args.out / "training.json", result)
-    (args.out / "training.md").write_text(markdown(result), encoding="utf-8")
+    file = args.out / "training.json"
+    results = json.loads(file.read_text()) if file.is_file() else {}
+    results[f"{args.base.resolve().name}, {hardware()}"] = result
+    write_json(file, results)
+    (args.out / "training.md").write_text(markdown(results), encoding="utf-8")
     print((args.out / "training.md").read_text())
 
 
@@ -102,8 +106,17 @@ def run(peer: str, args: argparse.Namespace, pairs: Path, work: Path) -> dict[st
     return result
 
 
-def markdown(result: dict[str, Any]) -> str:
-    """The table, and the three ratios that there are aims for."""
+def markdown(results: dict[str, Any]) -> str:
+    """All results, by base and processor."""
+    lines = ["# Training", "", "Medians over steps and rounds. Memory: the most that model and"]
+    lines += ["training took.", ""]
+    for name, result in results.items():
+        lines += [f"## {name}", "", *section(result)]
+    return "\n".join(lines)
+
+
+def section(result: dict[str, Any]) -> list[str]:
+    """The table, and those ratios that there are aims for."""
     seconds = {
         peer: statistics.median(s for each in rounds for s in each["seconds"])
         for peer, rounds in result["rounds"].items()
@@ -113,13 +126,10 @@ def markdown(result: dict[str, Any]) -> str:
         peer: statistics.median(each["peak_bytes"] for each in rounds)
         for peer, rounds in result["rounds"].items()
     }
-    rounds = len(result["rounds"][FORWARD])
+    rounds = len(next(iter(result["rounds"].values())))
     lines = [
-        "# Training",
-        "",
         f"{result['pairs']} pairs of texts of {result['tokens']} tokens a step, k = "
-        f"{result['special_tokens']}, {result['dtype']}; medians over steps and",
-        f"rounds ({rounds}). Memory: the most that model and training took.",
+        f"{result['special_tokens']}, {result['dtype']}; rounds: {rounds}.",
         "",
         "| | seconds a step | tokens/s | memory, MiB |",
         "|---|---|---|---|",
@@ -129,16 +139,18 @@ def markdown(result: dict[str, Any]) -> str:
         lines.append(
             f"| {name} | {seconds[peer]:.3f} | {rates[peer]:,.0f} | {memory[peer] / 2**20:,.0f} |"
         )
-    lines += ["", "| `gem adapter` | measured | aim |", "|---|---|---|"]
-    step, most = seconds[ADAPTER] / seconds[FORWARD], memory[ADAPTER] / memory[FORWARD]
-    lines += [
-        f"| a step, in forward passes | {step:.2f} | 1.3 |",
-        f"| memory, against the forward pass | {most:.2f} | 1.2 |",
-        f"| tokens/s, against {ORDINARY} | {rates[ADAPTER] / rates[ORDINARY]:.2f} | 2 |",
-        "",
-        *about_table(result["about"]),
-    ]
-    return "\n".join(lines) + "\n"
+    if ADAPTER in rates:
+        lines += ["", "| `gem adapter` | measured | aim |", "|---|---|---|"]
+        if FORWARD in rates:
+            step, most = seconds[ADAPTER] / seconds[FORWARD], memory[ADAPTER] / memory[FORWARD]
+            lines += [
+                f"| a step, in forward passes | {step:.2f} | 1.3 |",
+                f"| memory, against the forward pass | {most:.2f} | 1.2 |",
+            ]
+        if ORDINARY in rates:
+            ratio = rates[ADAPTER] / rates[ORDINARY]
+            lines.append(f"| tokens/s, against {ORDINARY} | {ratio:.2f} | 2 |")
+    return [*lines, "", *about_table(result["about"]), ""]
 
 
 if __name__ == "__main__":
