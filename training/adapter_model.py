@@ -56,27 +56,29 @@ class AdapterModel(GemTrainingModel):
         self, token_ids: torch.Tensor, lengths: torch.Tensor, predicting: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Suffixes and the token before each: nothing trained acts on raw text or a prefix."""
-        most = count = int((token_ids == self.special_ids[0]).any(dim=1).sum())
-        if self.in_step:
-            most = peers.largest(count, token_ids.device)
-        if count:
-            return self._suffix_states(token_ids, lengths, predicting)
+        rows = (token_ids == self.special_ids[0]).any(dim=1).nonzero().flatten()
+        most = peers.largest(len(rows), rows.device) if self.in_step else len(rows)
+        if len(rows):
+            return self._suffix_states(token_ids, lengths, predicting, rows)
         nothing = torch.zeros_like(predicting)
         if not most:
             return self._special_embeds()[:0], nothing  # with a gradient (of zero)
         # Other processes make the three passes: along with them, over a row that predicts nothing.
         row = token_ids.new_tensor([[0, *self.special_ids, 0]])
         length = lengths.new_tensor([row.shape[1]])
-        hidden, _ = self._suffix_states(row, length, torch.zeros_like(row, dtype=torch.bool))
+        unpredicted = torch.zeros_like(row, dtype=torch.bool)
+        hidden, _ = self._suffix_states(row, length, unpredicted, length.new_zeros(1))
         return hidden, nothing
 
     def _suffix_states(
-        self, token_ids: torch.Tensor, lengths: torch.Tensor, predicting: torch.Tensor
+        self,
+        token_ids: torch.Tensor,
+        lengths: torch.Tensor,
+        predicting: torch.Tensor,
+        rows: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`ordinary_states` by the three passes, over the rows with special tokens."""
-        first_id = self.special_ids[0]
-        rows = (token_ids == first_id).any(dim=1).nonzero().flatten()
-        starts = (token_ids[rows] == first_id).int().argmax(dim=1)
+        """`ordinary_states` by the three passes, over ``rows``, those with special tokens."""
+        starts = (token_ids[rows] == self.special_ids[0]).int().argmax(dim=1)
         ends = starts + self.k
         computed = torch.zeros_like(predicting)
         position = torch.arange(token_ids.shape[1], device=token_ids.device)

@@ -60,7 +60,7 @@ class Packing:
 
         Wide rows are filled better and are masked to a larger part. B * L is one of eight numbers
         between powers of two, so that a step's tensors fit where another step's were; some rows may
-        be empty. (With sizes that are new in every step, glibc's malloc comes to take a quarter of
+        be empty. (With sizes that are new in every step, glibc's malloc comes to take much of
         the time: it searches one list of all free blocks of more than half a megabyte.)
 
         lengths: int64 [N].

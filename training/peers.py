@@ -82,7 +82,7 @@ def deal_(weight: torch.Tensor, read: torch.Tensor | None, device: torch.device)
     read: of ``weight``'s whole shape, on any device; None in the others.
     """
     if read is None:
-        read = torch.empty(weight.shape, dtype=weight.dtype)
+        read = torch.empty(weight.shape, dtype=weight.dtype, device=device)
     read = read.detach().to(device)
     if isinstance(weight, DTensor):
         part = distribute_tensor(read, weight.device_mesh, weight.placements)
