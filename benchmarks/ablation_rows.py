@@ -24,8 +24,8 @@ class Row:
         name: of its folder and its result.
         title: in the table.
         changes: of `TrainOptions`, over ``RECIPE``.
-        pairs: which file of pairs `ablations.py` makes for it: ``lead``, ``questions``,
-            ``questions-16k``, ``mined``.
+        pairs: which file of pairs `ablations.py` makes for it: ``lead``, ``keywords``,
+            ``questions``, ``questions-16k``, ``mined``.
         dimensions: further sizes at which embeddings are measured.
     """
 
@@ -69,6 +69,8 @@ GROUPS: dict[str, list[Row]] = {
             {"span_share": 0.34, "cloze_share": 0.33}),
         Row("cloze-alone", "cloze alone", {"positives": "cloze"}),
         Row("lead", "a quarter of first sentences and the rest (title and body)", pairs="lead"),
+        Row("keywords", "a quarter of a few words of a paragraph, rare ones rather, and all of it",
+            pairs="keywords"),
         Row("questions", "a quarter of questions that the base has written, and their passages",
             pairs="questions"),
     ],

@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import random
 import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,6 +36,7 @@ from gem_vllm.training.pairs import write_pairs
 from gem_vllm.training.run import compute_dtype, train
 
 MINED_SENTENCES = 20_000
+LEAST_KEYWORDS, MOST_KEYWORDS = 3, 12
 ASKED_PARAGRAPHS = {"questions": 4096, "questions-16k": 16_000}
 
 
@@ -110,7 +114,7 @@ def make_pairs(kind: str, args: argparse.Namespace) -> Path:
         if kind in ASKED_PARAGRAPHS:
             questions(args, file, ASKED_PARAGRAPHS[kind])
         else:
-            {"lead": lead, "mined": mined}[kind](args, file)
+            {"lead": lead, "keywords": keywords, "mined": mined}[kind](args, file)
     return file
 
 
@@ -125,6 +129,34 @@ def lead(args: argparse.Namespace, file: Path) -> None:
                     yield {"anchor": first, "positive": rest[0]}
 
     write_pairs(file, rows())
+
+
+def keywords(args: argparse.Namespace, file: Path) -> None:
+    """A few words of a paragraph, the likelier the rarer they are in others, and the paragraph."""
+    with open_text(args.paragraphs) as lines:
+        paragraphs = [line.strip() for line in lines]
+    seen_in = Counter(word for each in paragraphs for word in set(words(each)))
+    rng = random.Random(0)
+
+    def rows() -> Iterator[dict[str, str]]:
+        for paragraph in paragraphs:
+            # The first of each word, in the paragraph's order.
+            found = list(dict.fromkeys(words(paragraph)))
+            if len(found) < 2 * MOST_KEYWORDS:
+                continue
+            rarity = [math.log(len(paragraphs) / seen_in[word]) for word in found]
+            # Weighted sampling without replacement (Efraimidis and Spirakis, 2006).
+            keys = [rng.random() ** (1 / weight) if weight else 0.0 for weight in rarity]
+            chosen = sorted(range(len(found)), key=keys.__getitem__, reverse=True)
+            kept = sorted(chosen[: rng.randint(LEAST_KEYWORDS, MOST_KEYWORDS)])
+            yield {"anchor": " ".join(found[i] for i in kept), "positive": paragraph}
+
+    write_pairs(file, rows())
+
+
+def words(text: str) -> list[str]:
+    """In lower case, without punctuation."""
+    return re.findall(r"\w+", text.lower())
 
 
 def questions(args: argparse.Namespace, file: Path, count: int) -> None:
