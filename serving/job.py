@@ -22,16 +22,9 @@ from gem_vllm.folders import content_sha256
 from gem_vllm.serving.columnar import Extent
 from gem_vllm.serving.errors import JobError
 from gem_vllm.serving.inputs import InputFile, column_types, count_rows, list_files, would_read
-from gem_vllm.serving.manifest import (
-    DONE,
-    SUMMARY,
-    OutputFolder,
-    Plan,
-    Shard,
-    fingerprint,
-    make_plan,
-)
+from gem_vllm.serving.manifest import DONE, SUMMARY, OutputFolder
 from gem_vllm.serving.options import EmbedOptions, ReplicaOptions
+from gem_vllm.serving.plan import Plan, Shard, fingerprint, make_plan
 from gem_vllm.serving.pool import CALLS_IN_FLIGHT, map_in_pool, ray_cluster
 from gem_vllm.serving.replica import Replica, shard_rows
 

@@ -15,23 +15,22 @@ object store takes a file whole or not at all.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import fsspec
 
 from gem_vllm.errors import GemError
-from gem_vllm.serving.columnar import Extent, RowRange
 from gem_vllm.serving.errors import JobError, first_line
 from gem_vllm.serving.inputs import InputFile
 from gem_vllm.serving.lock import held
+from gem_vllm.serving.plan import Plan, Shard, differences, going_on
 
 STATE = "_gem"
 PLAN, SUMMARY = f"{STATE}/plan.json", f"{STATE}/summary.json"
@@ -39,71 +38,6 @@ DONE, ERRORS = f"{STATE}/done", f"{STATE}/errors"
 LOCK = f"{STATE}/lock"
 # A file that is not whole yet: its name, and a UUID.
 SCRATCH = ".{name}-{uuid}"
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Rows of an input file, as `RowRange` has them, which become one output file."""
-
-    index: int
-    file: int
-    start: int
-    stop: int
-    from_row: int = 0
-    from_byte: int = 0
-
-    @property
-    def rows(self) -> RowRange:
-        """Of its file."""
-        return RowRange(self.start, self.stop, self.from_row, self.from_byte)
-
-    @property
-    def name(self) -> str:
-        """For the names of its files."""
-        return f"{self.index:05d}"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a job is bound to, and how its rows are divided.
-
-    Attributes:
-        bound: "input", "checkpoint" and "options": the job goes on only while these are the same.
-        files: that are read.
-        shards: of all rows, in order.
-    """
-
-    bound: dict[str, Any]
-    files: list[InputFile]
-    shards: list[Shard]
-
-    @property
-    def rows(self) -> int:
-        """Rows of the input."""
-        return sum(shard.stop - shard.start for shard in self.shards)
-
-
-def make_plan(
-    bound: dict[str, Any],
-    files: Sequence[InputFile],
-    extents: Sequence[Extent],
-    rows_per_shard: int,
-) -> Plan:
-    """Divide files into shards of ``rows_per_shard`` at most."""
-    shards: list[Shard] = []
-    for i, extent in enumerate(extents):
-        for start in range(0, extent.rows, rows_per_shard):
-            stop = min(start + rows_per_shard, extent.rows)
-            mark = min(start // extent.mark_rows, len(extent.marks))
-            begin = (mark * extent.mark_rows, extent.marks[mark - 1]) if mark else (0, 0)
-            shards.append(Shard(len(shards), i, start, stop, *begin))
-    return Plan(bound, list(files), shards)
-
-
-def fingerprint(files: Sequence[InputFile]) -> str:
-    """Of the input: every file's name, size and time of modification (or ETag)."""
-    text = json.dumps([asdict(file) for file in files])
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class OutputFolder:
@@ -201,10 +135,10 @@ class OutputFolder:
                 self._create_plan(plan)
             # Read in any case: another job may have been first.
             found = self.read_json(PLAN)
-            differences = "; ".join(_differences(_going_on(found["bound"], bound), bound))
-            if differences:
+            other = "; ".join(differences(going_on(found["bound"], bound), bound))
+            if other:
                 raise GemError(
-                    f"{self.url} has the output of another job: {differences}. Choose another "
+                    f"{self.url} has the output of another job: {other}. Choose another "
                     "--output, or give what the job began with to go on with it"
                 )
             if found["bound"] != bound:
@@ -300,24 +234,6 @@ class OutputFolder:
             f"{self.url} cannot be written: {first_line(error)}. Mend that, and run the same "
             "command again to go on"
         )
-
-
-def _going_on(had: dict[str, Any], has: dict[str, Any]) -> dict[str, Any]:
-    """``had``, with what may change from one run to the next as in ``has``."""
-    options, now = had["options"], has["options"]
-    # Shards that were finished under "fail" have no bad row: under the others they are the same.
-    if options.get("on_error") == "fail" and now.get("on_error") in ("skip", "null"):
-        options = {**options, "on_error": now["on_error"]}
-    return {**had, "options": options}
-
-
-def _differences(had: Any, has: Any, name: str = "") -> Iterator[str]:
-    if isinstance(had, dict) and isinstance(has, dict):
-        for key in [*had, *(key for key in has if key not in had)]:
-            yield from _differences(had.get(key), has.get(key), key)
-    elif had != has:
-        shown = f"{name} was {had!r}, is {has!r}" if name != "input" else "the input files changed"
-        yield shown if name != "checkpoint" else "the checkpoint is another"
 
 
 def _fsync(path: str) -> None:

@@ -18,8 +18,9 @@ from gem_vllm.serving.engine import Answer, EngineThread, in_order
 from gem_vllm.serving.errors import JobError
 from gem_vllm.serving.inputs import BROKEN_FILE, InputFile, read_rows
 from gem_vllm.serving.job_metrics import JobMetrics
-from gem_vllm.serving.manifest import DONE, ERRORS, OutputFolder, Shard
+from gem_vllm.serving.manifest import DONE, ERRORS, OutputFolder
 from gem_vllm.serving.options import GENERATED, ID, EmbedOptions
+from gem_vllm.serving.plan import Shard
 from gem_vllm.serving.vectors import vector_columns, vector_fields
 
 CHUNKS_IN_FLIGHT = 3

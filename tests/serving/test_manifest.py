@@ -12,14 +12,8 @@ import pytest
 from gem_vllm.errors import GemError
 from gem_vllm.serving.columnar import Extent
 from gem_vllm.serving.inputs import InputFile
-from gem_vllm.serving.manifest import (
-    DONE,
-    PLAN,
-    OutputFolder,
-    Plan,
-    fingerprint,
-    make_plan,
-)
+from gem_vllm.serving.manifest import DONE, PLAN, OutputFolder
+from gem_vllm.serving.plan import Plan, fingerprint, make_plan
 
 FILES = [InputFile("a.txt", 10, "1"), InputFile("b.txt", 0, "1"), InputFile("c.txt", 20, "1")]
 BOUND = {"input": "i", "checkpoint": "c", "options": {"dtype": "float32", "keep": []}}

@@ -12,7 +12,7 @@ import pytest
 
 from gem_vllm.serving import lines
 from gem_vllm.serving.inputs import column_types, count_rows, list_files, read_rows
-from gem_vllm.serving.manifest import Plan, make_plan
+from gem_vllm.serving.plan import Plan, make_plan
 
 ROWS = [f"{'é' * (i % 3)} text {i}" for i in range(95)]
 JSON = "".join(json.dumps({"text": row}, ensure_ascii=False) + "\n" for row in ROWS)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gem_vllm.serving.manifest import OutputFolder, Shard
+from gem_vllm.serving.manifest import OutputFolder
+from gem_vllm.serving.plan import Shard
 from gem_vllm.serving.replica import Replica, _Counts
 from tests.serving.jobs import errors_of
 
