@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 from typer.main import get_command
 
 from gem_vllm import cli
+from gem_vllm.compat import installed_vllm
 from gem_vllm.errors import GemError
 
 SUBCOMMANDS = (
@@ -27,6 +29,12 @@ def test_help_names_every_subcommand() -> None:
     result = run("--help")
     assert result.returncode == 0
     assert all(name in result.stdout for name in SUBCOMMANDS)
+
+
+def test_version_names_this_and_vllm() -> None:
+    result = run("--version")
+    assert result.returncode == 0
+    assert result.stdout == f"gem-vllm {version('gem-vllm')}, vLLM {installed_vllm()}\n"
 
 
 @pytest.mark.parametrize("name", SUBCOMMANDS)
