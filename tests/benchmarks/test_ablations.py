@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from ablation_rows import GROUPS, RECIPE, Row
-from ablations import lead, markdown
+from ablations import LEAST_KEYWORDS, MOST_KEYWORDS, keywords, lead, markdown
 from development import TASKS
 
 from gem_vllm.training.options import TrainOptions
@@ -53,3 +53,21 @@ def test_a_paragraphs_first_sentence_and_the_rest(tmp_path: Path) -> None:
     lead(Namespace(paragraphs=source), out)
     (row,) = map(json.loads, gzip.decompress(out.read_bytes()).splitlines())
     assert row == {"anchor": "The river fell by 1.5 m.", "positive": rest.strip()}
+
+
+def test_a_few_words_of_a_paragraph_the_rarer_the_likelier(tmp_path: Path) -> None:
+    source, out = tmp_path / "paragraphs.txt", tmp_path / "keywords.jsonl.gz"
+    common = " ".join(f"common{i}" for i in range(15))
+    paragraphs = [
+        f"{common}, {' '.join(f'rare{row}x{i}' for i in range(15))}." for row in range(40)
+    ]
+    source.write_text("\n".join([*paragraphs, common]) + "\n")  # the last has too few words
+    keywords(Namespace(paragraphs=source), out)
+    rows = [json.loads(line) for line in gzip.decompress(out.read_bytes()).splitlines()]
+    assert [row["positive"] for row in rows] == paragraphs
+    for row in rows:
+        chosen = row["anchor"].split()
+        assert LEAST_KEYWORDS <= len(chosen) <= MOST_KEYWORDS
+        words = row["positive"].replace(",", "").replace(".", "").split()
+        assert chosen == [word for word in words if word in chosen]  # in its order, each once
+        assert all(word.startswith("rare") for word in chosen)  # what is in all tells nothing
