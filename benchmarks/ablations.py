@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from ablation_rows import GROUPS, RECIPE, Row
-from benchmark_script import hardware
+from benchmark_script import add_out, hardware, run_script
 from development import TASKS, CheckpointEmbedder, Prefixes, development_scores
 
 from gem_vllm.folders import write_json
@@ -68,7 +68,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--paragraphs", type=Path, required=True, help="text, a paragraph a line")
     parser.add_argument("--sentences", type=Path, required=True, help="text, a sentence a line")
     parser.add_argument("--tasks", type=Path, required=True, help="folder with a folder a task")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    add_out(parser)
     parser.add_argument("--work", type=Path, default=Path("runs/ablations"))
     parser.add_argument("--keep", action="store_true", help="leave the checkpoints in --work")
     parser.add_argument("--rows", nargs="+", help="names of rows; all by default")
@@ -226,4 +226,4 @@ def cells(values: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import shlex
@@ -27,6 +28,27 @@ def run_script(main: Callable[[], None]) -> None:
     except GemError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def add_out(parser: argparse.ArgumentParser) -> None:
+    """Give a script's command line ``--out``, the folder that its results go to."""
+    parser.add_argument("--out", type=results_folder, default=ROOT / "benchmarks" / "results")
+
+
+def results_folder(argument: str) -> Path:
+    """The folder of that name, made at once and not after an hour's work.
+
+    Raises:
+        ArgumentTypeError: nothing can be written there.
+    """
+    folder = Path(argument)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{folder} cannot be made: {error.strerror}") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(f"nothing can be written in {folder}")
+    return folder
 
 
 def about(*packages: str) -> dict[str, str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import mteb
-from benchmark_script import about, about_table, run_script
+from benchmark_script import about, about_table, add_out, run_script
 from mteb.abstasks.retrieval import AbsTaskRetrieval
 
 from gem_vllm.evaluation.local_tasks import find_tasks, local_task
@@ -26,7 +26,7 @@ def main() -> None:
     """Measure, report."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tasks", type=Path, required=True, help="folder with a folder a task")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    add_out(parser)
     args = parser.parse_args()
     result = {"scores": bm25_scores(args.tasks), "about": about("mteb", "bm25s")}
     write_json(args.out / "bm25.json", result)

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pyarrow.dataset
-from benchmark_script import ROOT, about, run_script
+from benchmark_script import ROOT, about, add_out, run_script
 from embed_faults_report import FAULTS, ROUNDS, markdown
 from embed_job import read
 from raylets import Raylets, kill, raylets
@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=200_000, help="texts of a long round")
     parser.add_argument("--rows-of-a-round", type=int, default=40_000, help="of the others")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "embed_faults")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    add_out(parser)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no round after")
     args = parser.parse_args()
     if not MEMORY_ROWS < args.rows_of_a_round <= args.rows:
@@ -114,7 +114,6 @@ def main() -> None:
             print(f"{name} ...", flush=True)
             todo()
             print(json.dumps((result["rounds"] or [result["clean"]])[-1]), flush=True)
-            args.out.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(result, indent=1) + "\n")
             (args.out / "embed_faults.md").write_text(markdown(result))
 

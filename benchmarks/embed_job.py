@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from benchmark_script import ROOT, about, about_table, run_script
+from benchmark_script import about, about_table, add_out, run_script
 
 from gem_vllm.errors import GemError
 from gem_vllm.machine import serve_dtype, serve_environment
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="texts, one a line, .txt or .gz")
     parser.add_argument("--rows", type=int, default=6000, help="texts of a turn")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    add_out(parser)
     parser.add_argument("--bare-loop", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.rows < 4 * BATCH or args.rounds < 1:
@@ -59,7 +59,6 @@ def main() -> None:
         print(f"{RATE}{bare_loop(args.checkpoint, texts)}", flush=True)
         return
     result = measure(args, texts)
-    args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "embed_job.json").write_text(json.dumps(result, indent=1) + "\n")
     (args.out / "embed_job.md").write_text(markdown(result))
     print(markdown(result))

@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
-from benchmark_script import ROOT, about, about_table, run_script
+from benchmark_script import about, about_table, add_out, run_script
 
 from gem_vllm.errors import GemError
 from gem_vllm.serving.job import FOOTER_READERS, SHARD_ROWS
@@ -61,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shards", type=int, default=3000, help="of each measurement")
     parser.add_argument("--rows-per-gpu", type=float, default=2000, help="a second; assumed")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    add_out(parser)
     args = parser.parse_args()
     if args.shards < 100 or args.rows_per_gpu <= 0:
         raise GemError("--shards must be 100 or more and --rows-per-gpu above 0")
@@ -73,7 +73,6 @@ def main() -> None:
             "rows_per_gpu": args.rows_per_gpu,
             "about": about("ray", "pyarrow"),
         }
-    args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "embed_scaling.json").write_text(json.dumps(result, indent=1) + "\n")
     (args.out / "embed_scaling.md").write_text(markdown(result))
     print(markdown(result))

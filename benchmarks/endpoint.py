@@ -20,7 +20,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from benchmark_script import ROOT, about, run_script
+from benchmark_script import about, add_out, run_script
 from endpoint_client import Load, Outcome, bodies_of, run
 from endpoint_report import SHARES, TASK_NAMES, markdown, ratios
 from endpoint_servers import (
@@ -64,7 +64,6 @@ def main() -> None:
     """Measure the parts that are asked for, print the ratios, write both files."""
     args = parse_arguments()
     check(args)
-    args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "endpoint.json"
     result = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"about": {}}
     for part in args.only:
@@ -83,7 +82,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, required=True, help="a GEM checkpoint")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="these parts")
     parser.add_argument("--rounds", type=int, default=3, help="the servers take turns this often")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    add_out(parser)
     return parser.parse_args()
 
 

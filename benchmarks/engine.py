@@ -19,7 +19,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from benchmark_script import ROOT, about, run_script
+from benchmark_script import about, add_out, run_script
 from engine_facts import read_texts, weight_bytes
 from engine_loads import (
     CPU,
@@ -49,7 +49,6 @@ def main() -> None:
     args = parse_arguments()
     cores = sorted(os.sched_getaffinity(0))
     check(args, cores)
-    args.out.mkdir(parents=True, exist_ok=True)
     with terminated_like_interrupted(), ExitStack() as stack:
         result = Run(args, cores, stack).measure()
     name = "engine" + "-cuda" * has_cuda() + "-quick" * args.quick
@@ -65,7 +64,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--checkpoint", type=Path, required=True, help="a GEM checkpoint")
     parser.add_argument("--base", type=Path, required=True, help="the base it was made from")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    add_out(parser)
     parser.add_argument("--rounds", type=int, default=10, help="the peers take turns this often")
     parser.add_argument("--quick", action="store_true", help="small sizes, to try it out")
     return parser.parse_args()

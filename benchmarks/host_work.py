@@ -19,7 +19,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from benchmark_script import ROOT, about, about_table, run_script
+from benchmark_script import about, about_table, add_out, run_script
 from engine_facts import read_texts
 from engine_loads import CPU, solo_load, tasks_of
 from engine_peer import Peer
@@ -58,7 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tokenizer", type=Path, required=True, help="a folder with a tokenizer")
     parser.add_argument("--rounds", type=int, default=10, help="the peers take turns this often")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    add_out(parser)
     args = parser.parse_args()
     if args.rounds < 1:
         raise GemError(f"--rounds is {args.rounds}; take 10 or more for figures to quote")
@@ -78,7 +78,6 @@ def main() -> None:
             "rounds": str(args.rounds),
         },
     }
-    args.out.mkdir(parents=True, exist_ok=True)
     write_json(args.out / "host_work.json", result)
     (args.out / "host_work.md").write_text(markdown(result), encoding="utf-8")
     print(markdown(result))

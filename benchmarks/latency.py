@@ -27,7 +27,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from benchmark_script import commit, hardware, shown_command
+from benchmark_script import add_out, commit, hardware, run_script, shown_command
 from engine_facts import PROMPTS, TEXTS, read_paragraphs, read_texts
 
 from gem_vllm.folders import write_json
@@ -50,7 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--checkpoint", type=Path, required=True, help="a GEM checkpoint")
     parser.add_argument("--base", type=Path, required=True, help="the base it was made from")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    add_out(parser)
     args = parser.parse_args()
     documents, questions = read_documents(args.base)
     with engine(args.checkpoint) as gem, engine(args.base) as plain:
@@ -306,4 +306,4 @@ def plot(beside: dict[str, Any], file: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

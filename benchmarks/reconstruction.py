@@ -4,7 +4,8 @@
 
 For each k, trains an adapter by reconstruction alone (text | special tokens | text), then lets the
 reference decode texts that training has not seen from the special tokens' keys and values (arXiv
-2506.04344, appendix B and table 6). Goes on with what is not in ``reconstruction.json`` yet.
+2506.04344, appendix B and table 6). Run it again to go on where it was stopped: with what is not in
+``reconstruction.json`` yet, from a training's last checkpoint. Half an hour a k on two cores.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmark_script import hardware
+from benchmark_script import add_out, hardware, run_script
 from engine_facts import PROMPTS, read_paragraphs
 from tqdm import tqdm
 
@@ -36,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--base", type=Path, required=True, help="folder of the base model")
     parser.add_argument("--data", required=True, action="append", help="text to train on")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    add_out(parser)
     parser.add_argument("--work", type=Path, default=Path("runs/reconstruction"))
     parser.add_argument("--k", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--steps", type=int, default=300)
@@ -47,15 +48,17 @@ def main() -> None:
     for k in args.k:
         if str(k) in results:
             continue
-        results[str(k)] = measure(k, args)
+        options = options_of(k, args)
+        results[str(k)] = measure(options, args.texts)
         write_json(file, results)
+        for folder in (options.out, options.run_folder):
+            shutil.rmtree(folder)
     (args.out / "reconstruction.md").write_text(markdown(results), encoding="utf-8")
 
 
-def measure(k: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Exact match and token F1 by length, of an adapter with k special tokens."""
-    commit = source_commit()
-    options = TrainOptions(
+def options_of(k: int, args: argparse.Namespace) -> TrainOptions:
+    """A training by reconstruction alone, of k special tokens."""
+    return TrainOptions(
         base=args.base,
         data=tuple(args.data),
         out=args.work / f"k{k}",
@@ -65,25 +68,29 @@ def measure(k: int, args: argparse.Namespace) -> dict[str, Any]:
         ntp_learning_rate=1e-3,
         max_tokens=2 * max(LENGTHS) + k,
         steps=args.steps,
-        save_every=args.steps,
+        save_every=50,
     )
-    train(options, overwrite=True)
+
+
+def measure(options: TrainOptions, count: int) -> dict[str, Any]:
+    """Exact match and token F1 of so many texts of each length, after the training."""
+    commit = source_commit()
+    train(options, resume=True)
     reference = ReferenceEmbedder(options.out)
     rows = [reference.tokenizer(text).input_ids for text in read_paragraphs(PROMPTS)]
-    rows = [row for row in rows if len(row) >= max(LENGTHS)][: args.texts]
+    rows = [row for row in rows if len(row) >= max(LENGTHS)][:count]
     scores = {}
     for length in LENGTHS:
         texts = [row[:length] for row in rows]
         decoded = [
             reference.decode_from_special_tokens(text, length)
-            for text in tqdm(texts, desc=f"k = {k}, {length} tokens")
+            for text in tqdm(texts, desc=f"k = {options.special_tokens}, {length} tokens")
         ]
         pairs = list(zip(texts, decoded, strict=True))
         scores[str(length)] = {
             "exact": sum(text == found for text, found in pairs) / len(pairs),
             "f1": sum(token_f1(*pair) for pair in pairs) / len(pairs),
         }
-    shutil.rmtree(options.out)
     return {
         "scores": scores,
         "texts": len(rows),
@@ -125,4 +132,4 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

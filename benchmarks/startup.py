@@ -20,7 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmark_script import commit, hardware, shown_command
+from benchmark_script import add_out, commit, hardware, run_script, shown_command
 from endpoint_servers import vllm_serve
 
 from gem_vllm.folders import write_json
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="GEM checkpoint")
     parser.add_argument("--base", type=Path, required=True, help="the model that it was made from")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    add_out(parser)
     args = parser.parse_args()
     if args.rounds < 1:
         parser.error(f"--rounds is {args.rounds}; take 5 or more for figures to quote")
@@ -100,4 +100,4 @@ def markdown(about: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

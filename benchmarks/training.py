@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmark_script import about, about_table, hardware, run_script
+from benchmark_script import about, about_table, add_out, hardware, run_script
 from engine_facts import TEXTS, read_paragraphs
 from training_peers import PEERS
 from transformers import AutoTokenizer
@@ -35,7 +35,7 @@ def main() -> None:
     """Run all peers and report."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--base", type=Path, required=True, help="folder of the base model")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    add_out(parser)
     parser.add_argument("--special-tokens", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=64, help="of every text")
     parser.add_argument("--batch", type=int, default=32, help="pairs of a step")
@@ -59,7 +59,6 @@ def main() -> None:
         "about": about("torch", "transformers", "peft", "sentence-transformers"),
         "rounds": rounds,
     }
-    args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "training.json"
     results = json.loads(file.read_text()) if file.is_file() else {}
     results[f"{args.base.resolve().name}, {hardware()}"] = result

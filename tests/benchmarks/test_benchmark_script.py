@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
 import pytest
-from benchmark_script import about, about_table, run_script, shown_command
+from benchmark_script import about, about_table, add_out, run_script, shown_command
 
 from gem_vllm.errors import GemError
 
@@ -39,3 +40,17 @@ def test_what_the_user_can_mend_is_one_line(capsys: pytest.CaptureFixture[str]) 
         run_script(main)
     assert ended.value.code == 2
     assert capsys.readouterr().err == "error: --rounds is 0; take 3 or more\n"
+
+
+def test_the_folder_for_results_is_made_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = argparse.ArgumentParser()
+    add_out(parser)
+    assert parser.parse_args([]).out == ROOT / "benchmarks" / "results"
+    assert parser.parse_args(["--out", str(tmp_path / "a" / "b")]).out.is_dir()
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_args(["--out", str(tmp_path / "file" / "results")])
+    assert ended.value.code == 2
+    assert f"{tmp_path / 'file' / 'results'} cannot be made" in capsys.readouterr().err
