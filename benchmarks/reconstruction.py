@@ -16,12 +16,15 @@ import shutil
 from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from benchmark_script import add_out, hardware, run_script
 from engine_facts import PROMPTS, read_paragraphs
 from tqdm import tqdm
+from transformers import AutoTokenizer
 
 from gem_vllm.folders import write_json
 from gem_vllm.reference import ReferenceEmbedder
@@ -53,7 +56,8 @@ def main() -> None:
         write_json(file, results)
         for folder in (options.out, options.run_folder):
             shutil.rmtree(folder)
-    (args.out / "reconstruction.md").write_text(markdown(results), encoding="utf-8")
+    rows = held_back(AutoTokenizer.from_pretrained(args.base), args.texts)
+    (args.out / "reconstruction.md").write_text(markdown(results, rows), encoding="utf-8")
 
 
 def options_of(k: int, args: argparse.Namespace) -> TrainOptions:
@@ -77,8 +81,7 @@ def measure(options: TrainOptions, count: int) -> dict[str, Any]:
     commit = source_commit()
     train(options, resume=True)
     reference = ReferenceEmbedder(options.out)
-    rows = [reference.tokenizer(text).input_ids for text in read_paragraphs(PROMPTS)]
-    rows = [row for row in rows if len(row) >= max(LENGTHS)][:count]
+    rows = held_back(reference.tokenizer, count)
     scores = {}
     for length in LENGTHS:
         texts = [row[:length] for row in rows]
@@ -86,11 +89,7 @@ def measure(options: TrainOptions, count: int) -> dict[str, Any]:
             reference.decode_from_special_tokens(text, length)
             for text in tqdm(texts, desc=f"k = {options.special_tokens}, {length} tokens")
         ]
-        pairs = list(zip(texts, decoded, strict=True))
-        scores[str(length)] = {
-            "exact": sum(text == found for text, found in pairs) / len(pairs),
-            "f1": sum(token_f1(*pair) for pair in pairs) / len(pairs),
-        }
+        scores[str(length)] = scores_of(list(zip(texts, decoded, strict=True)))
     return {
         "scores": scores,
         "texts": len(rows),
@@ -101,27 +100,45 @@ def measure(options: TrainOptions, count: int) -> dict[str, Any]:
     }
 
 
+def held_back(tokenizer: Any, count: int) -> list[list[int]]:
+    """Token ids of so many texts that training has not seen, each long enough."""
+    rows = [tokenizer(text).input_ids for text in read_paragraphs(PROMPTS)]
+    return [row for row in rows if len(row) >= max(LENGTHS)][:count]
+
+
+def scores_of(pairs: Sequence[tuple[list[int], list[int]]]) -> dict[str, float]:
+    """Exact match and token F1 of pairs of a text and what was found of it, by token ids."""
+    return {
+        "exact": mean(text == found for text, found in pairs),
+        "f1": mean(token_f1(text, found) for text, found in pairs),
+    }
+
+
 def token_f1(expected: Sequence[int], found: Sequence[int]) -> float:
     """Harmonic mean of precision and recall over tokens, each as often as it occurs."""
     common = sum((Counter(expected) & Counter(found)).values())
     return 2 * common / (len(expected) + len(found))
 
 
-def markdown(results: dict[str, Any]) -> str:
-    """Exact match and token F1, by k and length."""
+def markdown(results: dict[str, Any], rows: Sequence[list[int]]) -> str:
+    """The scores by k and length; beside them, those of each text of ``rows`` and the next."""
+    others = {
+        str(length): scores_of([(a[:length], b[:length]) for a, b in pairwise(rows)])
+        for length in LENGTHS
+    }
     lines = [
         "# Decoding a text from its special tokens alone",
         "",
         "Exact match / token F1 of texts that training has not seen, decoded greedily by the",
-        "reference in float32; adapter mode, trained by reconstruction alone.",
+        "reference in float32; adapter mode, trained by reconstruction alone. Another text is what",
+        "common words alone give.",
         "",
         "| k | " + " | ".join(f"{length} tokens" for length in LENGTHS) + " |",
         "|---" * (1 + len(LENGTHS)) + "|",
+        table_row("another text", others),
     ]
     for k, result in sorted(results.items(), key=lambda item: int(item[0])):
-        scores = (result["scores"][str(length)] for length in LENGTHS)
-        cells = [f"{each['exact']:.2f} / {each['f1']:.2f}" for each in scores]
-        lines.append(f"| {k} | {' | '.join(cells)} |")
+        lines.append(table_row(k, result["scores"]))
     about = {
         f"{each['texts']} texts of each length; {each['hardware']}, {each['date']}, commit "
         f"{each['commit']}"
@@ -129,6 +146,13 @@ def markdown(results: dict[str, Any]) -> str:
     }
     commands = [each["command"] for each in results.values()]
     return "\n".join([*lines, "", "```", *commands, "```", "", *sorted(about)]) + "\n"
+
+
+def table_row(title: str, scores: dict[str, dict[str, float]]) -> str:
+    """A line of the table."""
+    found = (scores[str(length)] for length in LENGTHS)
+    cells = (f"{each['exact']:.2f} / {each['f1']:.2f}" for each in found)
+    return f"| {title} | {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":
