@@ -137,14 +137,14 @@ def markdown(results: dict[str, Any], rows: Sequence[list[int]]) -> str:
         "|---" * (1 + len(LENGTHS)) + "|",
         table_row("another text", others),
     ]
-    for k, result in sorted(results.items(), key=lambda item: int(item[0])):
-        lines.append(table_row(k, result["scores"]))
+    by_k = sorted(results.items(), key=lambda item: int(item[0]))
+    lines += [table_row(k, result["scores"]) for k, result in by_k]
     about = {
         f"{each['texts']} texts of each length; {each['hardware']}, {each['date']}, commit "
         f"{each['commit']}"
         for each in results.values()
     }
-    commands = [each["command"] for each in results.values()]
+    commands = [result["command"] for _, result in by_k]
     return "\n".join([*lines, "", "```", *commands, "```", "", *sorted(about)]) + "\n"
 
 
