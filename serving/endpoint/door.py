@@ -61,6 +61,7 @@ class Door:
         self._waiting_gauge = Gauge(
             "gem_requests_waiting", "Requests that wait at a replica for their turn."
         )
+        self._metrics = metrics.ClusterMetrics()
         self._draining = False
 
     def drain(self) -> None:
@@ -91,7 +92,7 @@ class Door:
         path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
         reads = request.method in ("GET", "HEAD")
         if reads and path == "/metrics":
-            page = Response(await metrics.of_cluster(), media_type="text/plain; version=0.0.4")
+            page = Response(await self._metrics.page(), media_type="text/plain; version=0.0.4")
             await page(request.scope, request.receive, answer.send)
         elif (reads and path in OPEN_PATHS) or request.method == "OPTIONS":
             await self._app(request.scope, request.receive, answer.send)
@@ -102,6 +103,7 @@ class Door:
         """Answer a request that costs something: with a key, within the limits, in its turn."""
         deadline = asyncio.get_running_loop().time() + self._limits.request_timeout_s
         self._check_key(request)
+        self._check_queue()
         body = await self._read(request, deadline)
         self._check_inputs(body)
         try:
@@ -176,8 +178,7 @@ class Door:
     async def _turn(self) -> AsyncIterator[None]:
         """Wait until one more request may be worked on, unless too many wait already."""
         if self._turns.locked():
-            if self._waiting >= self._limits.max_queued_requests:
-                raise come_back(429, "The replica is busy, and its queue is full.")
+            self._check_queue()
             await self._wait()
         else:
             await self._turns.acquire()  # at once
@@ -185,6 +186,11 @@ class Door:
             yield
         finally:
             self._turns.release()
+
+    def _check_queue(self) -> None:
+        """Refuse a request that could not wait: before its body is read, and when it is to wait."""
+        if self._turns.locked() and self._waiting >= self._limits.max_queued_requests:
+            raise come_back(429, "The replica is busy, and its queue is full.")
 
     async def _wait(self) -> None:
         self._note_waiting(1)

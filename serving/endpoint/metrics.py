@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import logging
+import math
 import time
 from collections.abc import Iterable
 
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 LATENCY_BOUNDARIES = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600]
 SHOWN = ("ray_gem_", "ray_vllm_")
 SCRAPE_SECONDS = 5.0
+PAGE_SECONDS = 1.0
 # Of one request in the average of the recent ones.
 RECENT_SHARE = 0.05
 CLIENT_GONE, FAILED = 499, 500
@@ -108,8 +110,23 @@ class CountRequests:
         self._in_progress.set(_open[task], {"task": task})
 
 
-async def of_cluster() -> str:
-    """The metrics of endpoint and engines from all nodes, in Prometheus' text format."""
+class ClusterMetrics:
+    """The metrics of endpoint and engines from all nodes, gathered for all who ask at a time."""
+
+    def __init__(self) -> None:
+        self._gathering = asyncio.Lock()
+        self._text, self._gathered_at = "", -math.inf
+
+    async def page(self) -> str:
+        """In Prometheus' text format, `PAGE_SECONDS` old at most."""
+        async with self._gathering:
+            if time.monotonic() - self._gathered_at >= PAGE_SECONDS:
+                self._text = await _of_cluster()
+                self._gathered_at = time.monotonic()
+            return self._text
+
+
+async def _of_cluster() -> str:
     nodes = await asyncio.to_thread(ray.nodes)
     addresses = [
         f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"

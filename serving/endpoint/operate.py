@@ -205,11 +205,11 @@ async def _drain(timeout_s: float, report: Report) -> None:
         # One that has died has no open requests any more.
         return [result for result in results if not isinstance(result, BaseException)]
 
-    await of_all("drain")
     deadline = time.monotonic() + timeout_s
     idle = 0
     # Twice in a row: an answer that has left the replica is still on its way through the proxy.
     while idle < 2 and time.monotonic() < deadline:
+        await of_all("drain")  # Each time: a replica that was just starting comes late.
         await asyncio.sleep(DRAIN_POLL_SECONDS)
         idle = idle + 1 if sum(await of_all("open_requests")) == 0 else 0
     if idle < 2:

@@ -81,6 +81,10 @@ class EndpointOptions:
         for name, option in _OWN_OPTIONS.items():
             if name in self.engine:
                 raise GemError(f"--engine has '{name}'; use {option}")
+        if tls := sorted(name for name in self.engine if name.startswith("ssl_")):
+            raise GemError(
+                f"--engine has '{tls[0]}'; the endpoint speaks HTTP: have TLS end in front of it"
+            )
         for name in (
             "target_ongoing_requests",
             "max_ongoing_requests",
@@ -143,6 +147,9 @@ class EndpointOptions:
 # vLLM's name of what has an option of its own here.
 _OWN_OPTIONS = {
     "api_key": "--api-keys",
+    "host": "--host",
+    "port": "--port",
+    "uds": "--host and --port",
     "served_model_name": "--served-model-name",
     "tensor_parallel_size": "--tensor-parallel-size",
 }

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 
 # Not from `ray.serve.llm.request_router`, which would have every router import vLLM and torch.
 from ray.llm._internal.serve.routing_policies.prefix_aware.prefix_aware_router import (
@@ -50,7 +50,7 @@ class PrefixRouting(PrefixCacheAffinityRouter):
         self._told: dict[Any, int] = {}
         self._chosen_since: Counter[Any] = Counter()
         self._asked_at = -math.inf
-        self._asking: asyncio.Task[None] | None = None
+        self._asking: dict[Any, asyncio.Task[None]] = {}
         super().initialize_state(**options)
 
     async def choose_replicas(
@@ -94,25 +94,30 @@ class PrefixRouting(PrefixCacheAffinityRouter):
 
     def _ask_for_loads(self, replicas: Sequence[Any]) -> None:
         now = time.monotonic()
-        if now - self._asked_at >= LOAD_SECONDS and (self._asking is None or self._asking.done()):
-            self._asked_at = now
-            self._asking = asyncio.create_task(self._hear_loads(list(replicas)))
+        if now - self._asked_at < LOAD_SECONDS:
+            return
+        self._asked_at = now
+        there = {replica.replica_id: replica for replica in replicas}
+        for counts in (self._told, self._chosen_since):
+            for name in counts.keys() - there.keys():
+                del counts[name]
+        self._asking = {name: task for name, task in self._asking.items() if not task.done()}
+        for name in there.keys() - self._asking.keys():
+            self._asking[name] = asyncio.create_task(self._hear_load(there[name]))
 
-    async def _hear_loads(self, replicas: list[Any]) -> None:
-        before = self._chosen_since.copy()
-        answers = await asyncio.gather(
-            *(replica.get_queue_len(deadline_s=ANSWER_SECONDS) for replica in replicas),
-            return_exceptions=True,
-        )
-        self._told = {
-            replica.replica_id: answer
-            for replica, answer in zip(replicas, answers, strict=True)
-            if isinstance(answer, int)
-        }
-        self._chosen_since -= before
-        for replica, answer in zip(replicas, answers, strict=True):
-            if isinstance(answer, BaseException):
-                logger.warning("%s does not say how busy it is: %s", replica.replica_id, answer)
+    async def _hear_load(self, replica: Any) -> None:
+        """Ask one replica; one that is slow to answer holds up nothing but what is known of it."""
+        name = replica.replica_id
+        before = self._chosen_since[name]
+        try:
+            # Ray's own deadline is without effect.
+            async with asyncio.timeout(ANSWER_SECONDS):
+                told = await replica.get_queue_len(deadline_s=ANSWER_SECONDS)
+        except (TimeoutError, RayError) as error:
+            logger.warning("%s does not say how busy it is: %r", name, error)
+            told = self._told.get(name, 0) + before
+        self._told[name] = told
+        self._chosen_since[name] -= before
 
     def on_request_routed(self, pending_request: Any, replica_id: Any, result: Any) -> None:
         """Nothing: the tree got the text when the replica was chosen."""
@@ -136,6 +141,12 @@ class PrefixRouting(PrefixCacheAffinityRouter):
         super().initialize_state(**self._options)
         names = [replica.replica_id.to_full_id_str() for replica in self._replicas.values()]
         self._tree_actor.add_tenants.remote(names, time.time())
+        self._tree_actor.start_eviction_loop.remote(
+            self._eviction_threshold_chars,
+            self._eviction_target_chars,
+            self._eviction_interval_secs,
+        )
+        self._eviction_loop_running = True
 
 
 def _text_of(pending_request: Any) -> str | None:

@@ -317,6 +317,42 @@ def test_only_so_many_are_worked_on_and_wait(counted: Counter[tuple[str, str]]) 
     assert counted["generate", "429"] == 3
 
 
+def test_where_the_queue_is_full_a_body_is_not_waited_for() -> None:
+    async def run() -> int:
+        limits = replace(LIMITS, request_timeout_s=60, max_ongoing_requests=1)
+        door = Door(lambda *_: asyncio.Event().wait(), limits, None)
+        async with client_of(door) as client:
+            tasks = [asyncio.create_task(client.post("/v1/completions", json={})) for _ in range(4)]
+            await asyncio.sleep(0.1)
+            request = client.post("/v1/completions", content=body_that_does_not_end())
+            answer = await asyncio.wait_for(request, 10)
+            for task in tasks:
+                task.cancel()
+            return answer.status_code
+
+    assert asyncio.run(run()) == 429
+
+
+def test_metrics_are_gathered_once_for_all_who_ask_at_a_time(
+    application: Application, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gathered = []
+
+    async def gather() -> str:
+        gathered.append(1)
+        await asyncio.sleep(0.01)
+        return "ray_gem_requests_total 1\n"
+
+    async def run() -> list[str]:
+        async with client_of(Door(application.api, LIMITS, None)) as client:
+            pages = await asyncio.gather(*(client.get("/metrics") for _ in range(5)))
+        return [page.text for page in pages]
+
+    monkeypatch.setattr(metrics, "_of_cluster", gather)
+    assert asyncio.run(run()) == ["ray_gem_requests_total 1\n"] * 5
+    assert len(gathered) == 1
+
+
 def test_one_that_leaves_the_queue_makes_room(application: Application) -> None:
     async def run() -> int:
         started = asyncio.Event()

@@ -63,6 +63,8 @@ def test_a_config_file_with_a_mistake_is_refused(args: dict[str, Any], message: 
         ({"engine": {"served_model_name": "x"}}, "use --served-model-name"),
         ({"engine": {"tensor_parallel_size": 2}}, "use --tensor-parallel-size"),
         ({"engine": {"api_key": ["x"]}}, "use --api-keys"),
+        ({"engine": {"port": 80}}, "use --port"),
+        ({"engine": {"ssl_keyfile": "x"}}, "have TLS end in front of it"),
         ({"engine": {"max_model_length": 8}}, "--engine cannot set max_model_length"),
         ({"api_keys": Path("no-keys")}, "API keys no-keys cannot be read"),
     ],

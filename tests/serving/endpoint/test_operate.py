@@ -159,3 +159,25 @@ def test_a_replica_that_dies_does_not_end_the_drain(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(serve, "get_app_handle", lambda _: SimpleNamespace(broadcast=Broadcast))
     asyncio.run(operate._drain(10.0, reports.append))
     assert reports == []
+
+
+def test_a_replica_that_starts_while_others_drain_is_drained_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The second of them is there from the third call on, and takes requests until told."""
+    calls: list[str] = []
+
+    class Broadcast:
+        def __init__(self, method: str) -> None:
+            calls.append(method)
+
+        async def results_async(self, **_: Any) -> list[Any]:
+            if calls[-1] == "drain":
+                return [None]
+            return [0] if len(calls) < 3 else [0, 0 if "drain" in calls[2:] else 1]
+
+    reports: list[str] = []
+    monkeypatch.setattr(operate, "DRAIN_POLL_SECONDS", 0.0)
+    monkeypatch.setattr(serve, "get_app_handle", lambda _: SimpleNamespace(broadcast=Broadcast))
+    asyncio.run(operate._drain(0.5, reports.append))
+    assert reports == []

@@ -21,7 +21,7 @@ TEXT = "a" * 300
 
 @dataclass
 class Replica:
-    """One that says how many requests it has, or does not answer."""
+    """One that says how many requests it has, is dead (None), or never answers (-1)."""
 
     replica_id: ReplicaID
     load: int | None
@@ -29,6 +29,8 @@ class Replica:
     async def get_queue_len(self, *, deadline_s: float) -> int:
         if self.load is None:
             raise ActorDiedError()
+        if self.load == -1:
+            await asyncio.Event().wait()
         return self.load
 
 
@@ -61,6 +63,16 @@ class Choices:
     replicas: list[Replica]
 
 
+def replicas_with(*loads: int | None) -> list[Replica]:
+    return [Replica(ReplicaID(str(n), DEPLOYMENT), load) for n, load in enumerate(loads)]
+
+
+def router_with(tree: Any, most: int = 256) -> Any:
+    router = PrefixRouting(deployment_id=DEPLOYMENT, handle_source=DeploymentHandleSource.REPLICA)
+    router.initialize_state(max_ongoing_requests=most, tree_actor=tree)
+    return router
+
+
 def choose(
     *loads: int | None, text: str | None = TEXT, times: int = 1, most: int = 256, owned: bool = True
 ) -> Choices:
@@ -75,15 +87,12 @@ def choose(
     """
 
     async def run() -> Choices:
-        replicas = [Replica(ReplicaID(str(n), DEPLOYMENT), load) for n, load in enumerate(loads)]
+        replicas = replicas_with(*loads)
         tree = Tree(replicas[0] if owned else None, replicas[-1])
-        router: Any = PrefixRouting(
-            deployment_id=DEPLOYMENT, handle_source=DeploymentHandleSource.REPLICA
-        )
-        router.initialize_state(max_ongoing_requests=most, tree_actor=tree)
+        router = router_with(tree, most)
         request = SimpleNamespace(args=[text])
         await router.choose_replicas(replicas, None)
-        await router._asking
+        await asyncio.gather(*router._asking.values())
         router._chosen_since.clear()
         tree.inserted.clear()
         chosen = []
@@ -138,6 +147,42 @@ def test_a_request_without_a_text_is_not_in_the_tree() -> None:
 
 def test_a_replica_that_does_not_answer_is_one_that_has_nothing_to_do() -> None:
     assert choose(2, None, text=None).chosen == [1]
+
+
+@pytest.mark.parametrize("silent", [-1, None], ids=["hangs", "dead"])
+def test_a_replica_that_never_answers_is_soon_left_alone(
+    monkeypatch: pytest.MonkeyPatch, silent: int | None
+) -> None:
+    monkeypatch.setattr(prefix_routing, "LOAD_SECONDS", 0.0)
+    monkeypatch.setattr(prefix_routing, "ANSWER_SECONDS", 0.01)
+
+    async def run() -> Counter[int]:
+        replicas = replicas_with(silent, 5, 5)
+        router = router_with(Tree(None, replicas[0]))
+        chosen: Counter[int] = Counter()
+        for _ in range(100):
+            ((replica,),) = await router.choose_replicas(replicas, None)
+            chosen[replicas.index(replica)] += 1
+            await asyncio.sleep(0.001)
+        return chosen
+
+    chosen = asyncio.run(run())
+    assert chosen[0] <= 7
+    assert min(chosen[1], chosen[2]) > 20
+
+
+def test_a_new_tree_is_kept_small_as_the_lost_one_was() -> None:
+    calls: list[str] = []
+
+    class Actor:
+        def __getattr__(self, name: str) -> Any:
+            return SimpleNamespace(remote=lambda *args: calls.append(name))
+
+    tree = Actor()
+    router = router_with(tree)
+    router._options = {"tree_actor": tree}
+    router._plant_again()
+    assert calls == ["add_tenants", "start_eviction_loop"]
 
 
 def test_one_replica_is_chosen_without_the_tree() -> None:
