@@ -128,6 +128,7 @@ GROUPS: dict[str, list[Row]] = {
         Row("full", "the paper's recipe: 80 steps of mixed next-token prediction, then contrastive",
             {"mode": "full", "steps": 160, "alpha_steps": 80, "positives": "dropout",
              "drop_rate": 0.3}),
-        Row("lora", "the recipe, a LoRA on every token", {"mode": "lora"}),
+        Row("lora", "the recipe, a LoRA on every token",
+            {"mode": "lora", "alpha_schedule": "constant", "contrastive_learning_rate": 5e-4}),
     ],
 }  # fmt: skip

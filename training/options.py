@@ -35,7 +35,8 @@ class TrainOptions:
 
     Defaults by mode: the adapter is trained contrastively alone (``alpha_schedule`` constant) at
     5e-4, and sees no raw text, on which it would not act; ``full`` and ``lora`` have the paper's
-    two phases, ``full`` with the paper's learning rates too (arXiv 2506.04344, section 4.1).
+    two phases, ``full`` with the paper's learning rates too (arXiv 2506.04344, section 4.1). Its
+    100 steps of next-token prediction are a tenth of the steps where those are fewer than 1,000.
     """
 
     base: Path
@@ -76,7 +77,7 @@ class TrainOptions:
     # How the two are weighed.
     alpha_schedule: AlphaSchedule | None = None
     alpha: float = 1.0
-    alpha_steps: int = 100
+    alpha_steps: int | None = None
     # Optimizer.
     warmup_share: float = 0.05
     weight_decay: float = 0.0
@@ -95,6 +96,7 @@ class TrainOptions:
         adapter = self.mode == "adapter"
         defaults = {
             "alpha_schedule": "constant" if adapter else "step",
+            "alpha_steps": min(100, self.steps // 10),
             "raw_share": 0.0 if adapter else 0.8,
             "ntp_learning_rate": 1e-4 if self.mode == "full" else 5e-4,
             "contrastive_learning_rate": {"adapter": 5e-4, "lora": 1e-4}.get(self.mode, 1e-5),
@@ -172,6 +174,12 @@ class TrainOptions:
         for name in ("rows_per_pass", "lora_last_layers"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise GemError(f"{flag(name)} must be at least 1")
+        if self.alpha_schedule == "step" and self.alpha_steps >= self.steps:
+            raise GemError(
+                f"--alpha-steps {self.alpha_steps} are all of --steps {self.steps}: no step would "
+                "be contrastive; give fewer (for next-token prediction alone: --alpha-schedule "
+                "constant --alpha 0)"
+            )
         if any(size < 1 for size in self.matryoshka):
             raise GemError("--matryoshka must be at least 1: how many leading numbers")
         if self.span_share + self.cloze_share > 1.0:

@@ -190,11 +190,13 @@ def train(
         float, typer.Option(help="That weight, in the end.", rich_help_panel=_CONTRASTIVE)
     ] = 1.0,
     alpha_steps: Annotated[
-        int,
+        int | None,
         typer.Option(
-            help="Steps before alpha steps up, or of its ramp.", rich_help_panel=_CONTRASTIVE
+            help="Steps before alpha steps up, or of its ramp. [default: 100, or a tenth of "
+            "--steps where that is less]",
+            rich_help_panel=_CONTRASTIVE,
         ),
-    ] = 100,
+    ] = None,
     raw_share: Annotated[
         float | None,
         typer.Option(

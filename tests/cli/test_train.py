@@ -76,6 +76,7 @@ def test_trains(run: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
         ({"matryoshka": "0"}, "--matryoshka must be at least 1"),
         ({"lora_last_layers": "0"}, "--lora-last-layers must be at least 1"),
         ({"span_tokens": "7"}, "--span-tokens must be at least 8"),
+        ({"mode": "lora", "alpha_steps": "4"}, "--alpha-steps 4 are all of --steps 2"),
     ],
 )
 def test_bad_input_is_refused_in_a_line(

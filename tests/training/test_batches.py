@@ -65,6 +65,14 @@ def test_alpha_decides_what_a_batch_holds(make: Make) -> None:
     assert batches[10].keys() == {"alpha"} | contrastive
 
 
+def test_few_steps_are_contrastive_for_the_most_part(options: TrainOptions) -> None:
+    for steps, first in ((30, 3), (1000, 100), (5000, 100)):
+        short = TrainOptions(
+            base=options.base, data=options.data, out=options.out, mode="lora", steps=steps
+        )
+        assert (short.alpha_schedule, short.alpha_steps) == ("step", first)
+
+
 @pytest.mark.parametrize("add_bos", [True, False])
 def test_rows_are_plain_prompts(make: Make, add_bos: bool) -> None:
     batches = make(add_bos=add_bos, max_tokens=20)
