@@ -97,6 +97,12 @@ def _refuse_unsupported(vllm_config: VllmConfig, gem_config: GemConfig) -> None:
             f"{TOKENS_BESIDE_CHAT} in --additional-config is {beside!r}; give the number of prompt "
             "tokens, 1 or more, that a step may have beside requests that are being answered."
         )
+    if beside is not None and not vllm_config.scheduler_config.enable_chunked_prefill:
+        raise ValueError(
+            f"{TOKENS_BESIDE_CHAT} in --additional-config is for prompts that are computed in "
+            "chunks: a longer one would wait until no chat is answered. Leave one of "
+            "--no-enable-chunked-prefill and it out."
+        )
     if model_config.enable_prompt_embeds:
         raise ValueError(
             "A GEM checkpoint takes text and token ids only. Leave --enable-prompt-embeds unset."

@@ -8,12 +8,13 @@ On CUDA ``--attention-backend FLEX_ATTENTION`` takes it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
+from vllm.config import VllmConfig
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.attention.backends.flex_attention import (
@@ -21,6 +22,7 @@ from vllm.v1.attention.backends.flex_attention import (
     FlexAttentionMetadata,
     FlexAttentionMetadataBuilder,
 )
+from vllm.v1.kv_cache_interface import AttentionSpec, SlidingWindowSpec
 
 from gem_vllm.plugin.step import GemStep, IntArray, current
 
@@ -126,6 +128,20 @@ class GemFlexAttentionMetadataBuilder(FlexAttentionMetadataBuilder):
     # As `GemFlashAttentionMetadataBuilder`.
     _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
     supports_update_block_table = False
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        if isinstance(kv_cache_spec, SlidingWindowSpec):
+            # The runner's is longer, of blocks to keep (`runner_mixin`). By this one vLLM makes the
+            # masks of captured graphs, which a layer of another window would make again in them.
+            layer = vllm_config.compilation_config.static_forward_context[layer_names[0]]
+            kv_cache_spec = replace(kv_cache_spec, sliding_window=layer.sliding_window)
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
 
     def build(
         self,

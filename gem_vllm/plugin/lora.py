@@ -10,13 +10,11 @@ of the correction together with those of the layer.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
@@ -31,7 +29,8 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.models.utils import is_pp_missing_parameter
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from gem_vllm.config import GemConfigError
+from gem_vllm.adapter import read_lora
+from gem_vllm.errors import GemConfigError
 from gem_vllm.plugin import step as gem_step
 
 _PEFT_PREFIX = "base_model.model."
@@ -168,25 +167,17 @@ def attach_adapter(model: nn.Module, vllm_config: VllmConfig, folder: Path) -> N
 
 def _read_adapter(folder: Path) -> tuple[float, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
     """alpha / r, and module name to its (A [r, in], B [out, r])."""
-    config_file, weights_file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    for file in (config_file, weights_file):
-        if not file.is_file():
-            raise GemConfigError(
-                f"{file} is missing: gem_config says train_mode 'adapter'. "
-                "Copy the checkpoint again, with its gem_adapter folder."
-            )
-    config = json.loads(config_file.read_text())
-    for option in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
-        if config.get(option):
-            raise GemConfigError(f"{config_file}: PEFT's {option} is not supported.")
+    config, weights = read_lora(folder)
     pairs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-    weights = load_file(weights_file)
     for key in weights:
         if key.endswith(".lora_A.weight"):
             stem = key.removesuffix(".lora_A.weight")
+            other = f"{stem}.lora_B.weight"
+            if other not in weights:
+                raise GemConfigError(f"{folder} has no {other}; copy or download it again")
             pairs[stem.removeprefix(_PEFT_PREFIX)] = (
                 weights[key].float(),
-                weights[f"{stem}.lora_B.weight"].float(),
+                weights[other].float(),
             )
     return config["lora_alpha"] / config["r"], pairs
 

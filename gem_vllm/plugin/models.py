@@ -14,12 +14,11 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group
 
+from gem_vllm.adapter import ADAPTER_FOLDER
 from gem_vllm.config import SUPPORTED_ARCHITECTURES, GemConfig, base_architecture
 from gem_vllm.plugin.attention import register_attention
 from gem_vllm.plugin.last_layer import LastLayerMLP, wrap_last_mlp
 from gem_vllm.plugin.lora import attach_adapter
-
-ADAPTER_FOLDER = "gem_adapter"
 
 if TYPE_CHECKING:
     _Base = Any

@@ -160,31 +160,58 @@ def _patch_reserved_token_ids() -> None:
     InputProcessor.process_inputs = process_inputs
 
 
-def _patch_compressed_completions() -> None:
+def _patch_prompts_of_requests() -> None:
+    from vllm.entrypoints.serve.tokenize.protocol import (
+        TokenizeChatRequest,
+        TokenizeCompletionRequest,
+    )
     from vllm.renderers.online_renderer import OnlineRenderer
 
     from gem_vllm.plugin.compress import compress_prompt
     from gem_vllm.plugin.request_options import asked_for
-    from gem_vllm.plugin.validation import refuse_echo
+    from gem_vllm.plugin.validation import check_prompt, is_from_text, refuse_echo
 
-    original = OnlineRenderer.preprocess_completion
-    _expect_parameters(original, "compressed-completions", "request", "prompt_input")
+    def check(renderer: Any, request: Any, engine_inputs: Any) -> None:
+        gem_config = _remembered(renderer)
+        if gem_config is None or isinstance(
+            request, (TokenizeChatRequest, TokenizeCompletionRequest)
+        ):
+            return
+        for engine_input in engine_inputs:
+            check_prompt(
+                engine_input.get("prompt_token_ids") or (),
+                request,
+                gem_config,
+                renderer.model_config.max_model_len,
+                block_size=renderer.renderer.config.cache_config.block_size,
+                from_text=is_from_text(engine_input),
+            )
+            if getattr(request, "echo", False):  # Requests of some routes have none.
+                refuse_echo(engine_input, gem_config)
 
-    @functools.wraps(original)
+    completion, chat = OnlineRenderer.preprocess_completion, OnlineRenderer.preprocess_chat
+    _expect_parameters(completion, "prompts-of-requests", "request", "prompt_input")
+    _expect_parameters(chat, "prompts-of-requests", "request", "messages")
+
+    @functools.wraps(completion)
     async def preprocess_completion(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         asked = asked_for(request.model_extra or {}, self.model_config, "compress", "embed")
-        engine_inputs = await original(self, request, *args, **kwargs)
+        engine_inputs = await completion(self, request, *args, **kwargs)
         gem_config = _remembered(self)
-        if gem_config is None:
-            return engine_inputs
-        for engine_input in engine_inputs:
-            if "compress" in asked:
+        if gem_config is not None and "compress" in asked:
+            for engine_input in engine_inputs:
                 compress_prompt(engine_input, gem_config)
-            if getattr(request, "echo", False):  # A request to tokenize has none.
-                refuse_echo(engine_input, gem_config)
+        check(self, request, engine_inputs)
         return engine_inputs
 
+    @functools.wraps(chat)
+    async def preprocess_chat(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        conversation, engine_inputs = await chat(self, request, *args, **kwargs)
+        check(self, request, engine_inputs)
+        return conversation, engine_inputs
+
     OnlineRenderer.preprocess_completion = preprocess_completion
+    OnlineRenderer.preprocess_chat = preprocess_chat
 
 
 def _patch_embedding_with_answer() -> None:
@@ -235,26 +262,28 @@ def _patch_rows_without_lora() -> None:
     from vllm.lora.ops.torch_ops import lora_ops
     from vllm.lora.punica_wrapper import punica_cpu
 
-    original = lora_ops.bgmv_shrink
-    _expect_parameters(original, "rows-without-lora", "output_tensor", "lora_indices_tensor")
-    _expect(
-        punica_cpu.bgmv_shrink is original,
-        "rows-without-lora",
-        "the CPU's LoRA layers use another bgmv_shrink",
-    )
+    def without_rows_of_none(name: str) -> Callable[..., None]:
+        original = getattr(lora_ops, name)
+        _expect_parameters(original, "rows-without-lora", "inputs", "lora_indices_tensor")
+        _expect(
+            getattr(punica_cpu, name) is original,
+            "rows-without-lora",
+            f"the CPU's LoRA layers use another {name}",
+        )
 
-    @functools.wraps(original)
-    def bgmv_shrink(
-        inputs: Any,
-        lora_b_weights: Any,
-        output_tensor: Any,
-        lora_indices_tensor: Any,
-        scaling: float = 1.0,
-    ) -> None:
-        original(inputs, lora_b_weights, output_tensor, lora_indices_tensor, scaling)
-        output_tensor[lora_indices_tensor < 0] = 0
+        @functools.wraps(original)
+        def product(
+            inputs: Any, weights: Any, output: Any, lora_indices: Any, *args: Any, **kwargs: Any
+        ) -> None:
+            of_none = (lora_indices < 0).unsqueeze(1)
+            original(inputs.masked_fill(of_none, 0), weights, output, lora_indices, *args, **kwargs)
 
-    lora_ops.bgmv_shrink = punica_cpu.bgmv_shrink = bgmv_shrink
+        return product
+
+    for name in ("bgmv_shrink", "bgmv_expand"):
+        wrapped = without_rows_of_none(name)
+        setattr(lora_ops, name, wrapped)
+        setattr(punica_cpu, name, wrapped)
 
 
 LEDGER = (
@@ -302,12 +331,15 @@ LEDGER = (
         apply=_patch_reserved_token_ids,
     ),
     Patch(
-        name="compressed-completions",
-        target="vllm.renderers.online_renderer.OnlineRenderer.preprocess_completion",
-        why="A completion request may ask for its prompt to be read through special tokens; the "
-        "renderer, which can be replaced, is not shown the request.",
+        name="prompts-of-requests",
+        target="vllm.renderers.online_renderer.OnlineRenderer.preprocess_completion and its like "
+        "for chats",
+        why="A completion request may ask for its prompt to be read through special tokens; and "
+        "what is refused has to be before a streamed answer begins, whose status is sent by the "
+        "time that the engine sees the prompt. The renderer, which can be replaced, is not shown "
+        "the request.",
         needless_when="renderers are given a request's own fields with its prompts.",
-        apply=_patch_compressed_completions,
+        apply=_patch_prompts_of_requests,
     ),
     Patch(
         name="embedding-with-answer",
@@ -320,7 +352,7 @@ LEDGER = (
     ),
     Patch(
         name="rows-without-lora",
-        target="vllm.lora.ops.torch_ops.lora_ops.bgmv_shrink",
+        target="vllm.lora.ops.torch_ops.lora_ops.bgmv_shrink and bgmv_expand",
         why="On a CPU the rows of requests without a LoRA, whose index is -1, get that of the last "
         "slot, as -1 is an index for torch: beside a chat with a LoRA embeddings come out wrong.",
         needless_when="vLLM's LoRA operations in torch leave rows of index -1 out, as its kernels "

@@ -57,6 +57,9 @@ class GemScheduler(AsyncScheduler):
         if self._tokens_beside_chat is not None:
             self._leave_room_for_chat(self._tokens_beside_chat)
         output = super().schedule(*args, **kwargs)
+        for new in output.scheduled_new_reqs:
+            if new.req_id in self._runs:
+                _count_without_padding(self.requests[new.req_id], self._runs[new.req_id])
         kinds = {
             self.requests[request_id].pooling_params is not None
             for request_id in output.num_scheduled_tokens
@@ -78,7 +81,7 @@ class GemScheduler(AsyncScheduler):
         waits = {
             request.request_id: 1 + len(request.spec_token_ids)
             for request in self.running
-            if not _is_prompt_left(request)
+            if request.pooling_params is None and not _is_prompt_left(request)
         }
         # vLLM gives out a step's tokens in this order.
         self.running.sort(key=lambda request: request.request_id not in waits)
@@ -128,6 +131,19 @@ class GemScheduler(AsyncScheduler):
 def _is_prompt_left(request: Request) -> bool:
     """Whether some of a request's prompt is still to be computed."""
     return request.num_computed_tokens < request.num_prompt_tokens
+
+
+def _count_without_padding(request: Request, runs: tuple[Run, ...]) -> None:
+    """Have a request that was just begun report how much of the user's own prompt was cached."""
+    stats = request.prefill_stats
+    if stats is not None:
+        cached = stats.num_local_cached_tokens
+        stats.set(
+            num_prompt_tokens=stats.num_prompt_tokens - sum(run.padding for run in runs),
+            num_local_cached_tokens=cached
+            - sum(max(0, min(run.start, cached) - run.seen_to) for run in runs),
+            num_external_cached_tokens=stats.num_external_cached_tokens,
+        )
 
 
 def pad_prompt(request: Request, special_ids: tuple[int, ...], block_size: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -46,15 +46,21 @@ def refuse_echo(engine_input: Any, gem_config: GemConfig) -> None:
 
 
 def is_from_text(prompt: Any) -> bool:
-    """Whether a prompt, as `InputProcessor.process_inputs` gets it, is not token ids alone."""
+    """Whether a prompt that the renderer is through with is not token ids alone."""
     return isinstance(prompt, str) or (
         isinstance(prompt, Mapping) and prompt.get("prompt") is not None
     )
 
 
-def check_request(
-    request: Any, gem_config: GemConfig, max_model_len: int, *, block_size: int, from_text: bool
-) -> None:
+def check_prompt(
+    prompt: Sequence[int],
+    options: Any,
+    gem_config: GemConfig,
+    max_model_len: int,
+    *,
+    block_size: int,
+    from_text: bool,
+) -> int:
     """Refuse what would give special tokens a meaning that they do not have.
 
     Whole runs in a prompt of token ids are taken: what is behind one reads what is before it
@@ -62,46 +68,84 @@ def check_request(
     hide with a run whatever is before.
 
     Args:
-        request: vLLM's `EngineCoreRequest`.
+        prompt: token ids.
+        options: how to answer it, vLLM's `SamplingParams` or the request that asks for them; None
+            where it is embedded.
         gem_config: of the served checkpoint.
         max_model_len: the engine's limit, in tokens.
         block_size: of the KV cache.
         from_text: whether the prompt is a text that was tokenized.
 
+    Returns:
+        The prompt's length, in tokens, with what fills up KV blocks before its runs.
+
     Raises:
         VLLMValidationError: answered with 400 over HTTP.
     """
-    special = set(gem_config.special_token_ids)
+    special_ids, length = gem_config.special_token_ids, len(prompt)
+    if not set(special_ids).isdisjoint(prompt):
+        _check_runs(prompt, special_ids, from_text)
+        for option in ("prompt_logprobs", "prompt_logprob_token_ids"):
+            if getattr(options, option, None) is not None:
+                raise VLLMValidationError(
+                    f"{option} is not for a prompt with special tokens. Leave it unset."
+                )
+        length = len(pad_runs(prompt, special_ids, block_size))
+        if options is not None and len(prompt) < length >= max_model_len:
+            raise VLLMValidationError(
+                f"The prompt has {length} tokens, of which {length - len(prompt)} fill up KV "
+                f"blocks before its special tokens; the context is {max_model_len}. Shorten the "
+                "prompt."
+            )
+    allowed = getattr(options, "allowed_token_ids", None)
+    if allowed and set(special_ids).issuperset(allowed):
+        raise VLLMValidationError(
+            "allowed_token_ids names GEM special tokens only, which are never generated."
+        )
+    return length
+
+
+def check_request(
+    request: Any, gem_config: GemConfig, max_model_len: int, *, block_size: int, from_text: bool
+) -> None:
+    """`check_prompt`, and what only vLLM's `EngineCoreRequest` shows.
+
+    Args:
+        request: for the engine.
+        gem_config, max_model_len, block_size, from_text: as `check_prompt` has them.
+
+    Raises:
+        VLLMValidationError: answered with 400 over HTTP.
+    """
     prompt = request.prompt_token_ids or []
-    length = len(prompt)
-    if not special.isdisjoint(prompt):
-        _check_runs(request, gem_config, from_text)
-        length = len(pad_runs(prompt, gem_config.special_token_ids, block_size))
+    length = check_prompt(
+        prompt,
+        request.sampling_params,
+        gem_config,
+        max_model_len,
+        block_size=block_size,
+        from_text=from_text,
+    )
+    special_ids, embeds = gem_config.special_token_ids, request.pooling_params is not None
+    if request.resumable and not set(special_ids).isdisjoint(prompt):
+        raise VLLMValidationError(
+            "A prompt that is sent in parts cannot have special tokens. Send it as a whole."
+        )
+    if embeds and prompt and prompt[-1] in special_ids:
+        raise VLLMValidationError(
+            "The prompt ends with special tokens; the server adds those that an embedding is made "
+            "of itself. Take them out."
+        )
     limit = gem_config.max_text_tokens(max_model_len)
-    if request.pooling_params is not None and length > limit:
+    if embeds and length > limit:
         raise VLLMValidationError(
             f"The prompt has {length} tokens; an embedding request may have {limit}, the context "
             f"of {max_model_len} less {len(gem_config.appended_ids)} for the GEM special tokens "
             "and one that is kept free. Shorten the input or set truncate_prompt_tokens."
         )
-    params = request.sampling_params
-    if params is not None and length > len(prompt) and length >= max_model_len:
-        raise VLLMValidationError(
-            f"The prompt has {length} tokens, of which {length - len(prompt)} fill up KV blocks "
-            f"before its special tokens; the context is {max_model_len}. Shorten the prompt."
-        )
-    if (
-        params is not None
-        and params.allowed_token_ids
-        and special.issuperset(params.allowed_token_ids)
-    ):
-        raise VLLMValidationError(
-            "allowed_token_ids names GEM special tokens only, which are never generated."
-        )
 
 
-def _check_runs(request: Any, gem_config: GemConfig, from_text: bool) -> None:
-    prompt, special_ids = request.prompt_token_ids, gem_config.special_token_ids
+def _check_runs(prompt: Sequence[int], special_ids: tuple[int, ...], from_text: bool) -> None:
     if from_text:
         position, token_id = next(
             (position, token_id)
@@ -117,19 +161,3 @@ def _check_runs(request: Any, gem_config: GemConfig, from_text: bool) -> None:
         check_runs(prompt, special_ids)
     except GemError as error:
         raise VLLMValidationError(f"{error}.") from error
-    params = request.sampling_params
-    if params is not None:
-        for option in ("prompt_logprobs", "prompt_logprob_token_ids"):
-            if getattr(params, option, None) is not None:
-                raise VLLMValidationError(
-                    f"{option} is not for a prompt with special tokens. Leave it unset."
-                )
-    if request.resumable:
-        raise VLLMValidationError(
-            "A prompt that is sent in parts cannot have special tokens. Send it as a whole."
-        )
-    if request.pooling_params is not None and prompt[-1] in special_ids:
-        raise VLLMValidationError(
-            "The prompt ends with special tokens; the server adds those that an embedding is made "
-            "of itself. Take them out."
-        )

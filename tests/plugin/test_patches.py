@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 import pytest
+import torch
 from vllm.config import VllmConfig
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
@@ -31,7 +32,7 @@ NAMES = {
     "offline-pooling",
     "embedding-inputs",
     "reserved-token-ids",
-    "compressed-completions",
+    "prompts-of-requests",
     "embedding-with-answer",
     "rows-without-lora",
 }
@@ -63,10 +64,13 @@ def test_config_hook_is_in_place() -> None:
         (PoolingIOProcessor, "render"),
         (InputProcessor, "process_inputs"),
         (OnlineRenderer, "preprocess_completion"),
+        (OnlineRenderer, "preprocess_chat"),
         (OpenAIServingChat, "create_chat_completion"),
         (OpenAIServingCompletion, "create_completion"),
         (lora_ops, "bgmv_shrink"),
+        (lora_ops, "bgmv_expand"),
         (punica_cpu, "bgmv_shrink"),
+        (punica_cpu, "bgmv_expand"),
     ],
 )
 def test_function_is_wrapped_once(owner: type, attribute: str) -> None:
@@ -83,10 +87,12 @@ def test_function_is_wrapped_once(owner: type, attribute: str) -> None:
         (InputProcessor, "process_inputs", "_patch_reserved_token_ids"),
         (PoolingIOProcessor, "render", "_patch_embedding_inputs"),
         (PoolingOfflineMixin, "_verify_pooling_task", "_patch_offline_pooling"),
-        (OnlineRenderer, "preprocess_completion", "_patch_compressed_completions"),
+        (OnlineRenderer, "preprocess_completion", "_patch_prompts_of_requests"),
+        (OnlineRenderer, "preprocess_chat", "_patch_prompts_of_requests"),
         (OpenAIServingChat, "create_chat_completion", "_patch_embedding_with_answer"),
         (OpenAIServingCompletion, "create_completion", "_patch_embedding_with_answer"),
         (lora_ops, "bgmv_shrink", "_patch_rows_without_lora"),
+        (lora_ops, "bgmv_expand", "_patch_rows_without_lora"),
     ],
 )
 def test_a_moved_vllm_is_named(
@@ -98,6 +104,20 @@ def test_a_moved_vllm_is_named(
     monkeypatch.setattr(owner, attribute, moved)
     with pytest.raises(GemError, match=r"vLLM has moved under gem-vllm's patch '[a-z-]+'"):
         getattr(patches, patch)()
+
+
+@pytest.mark.parametrize("name", ["bgmv_shrink", "bgmv_expand"])
+def test_rows_without_a_lora_get_nothing_of_one(name: str) -> None:
+    """As a LoRA on the embedding has its rows: straight from `bgmv_expand`."""
+    patched = getattr(punica_cpu, name)
+    indices = torch.tensor([0, -1, 1, -1])
+    inputs, weights = torch.randn(4, 3), torch.randn(2, 1, 5, 3)
+    output = torch.zeros(4, 5)
+    patched(inputs, weights, output, indices)
+    expected = torch.zeros(4, 5)
+    for row in (0, 2):
+        expected[row] = weights[indices[row], 0] @ inputs[row]
+    torch.testing.assert_close(output, expected)
 
 
 def test_a_vanished_target_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

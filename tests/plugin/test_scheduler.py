@@ -111,3 +111,21 @@ def test_blocks_stay_until_the_step_that_reads_them_is_over(scheduler: GemSchedu
     assert free() == BLOCKS - 1 - 1
     for step in (second, third):
         finish(scheduler, step)
+
+
+def test_texts_in_flight_are_no_chats_to_leave_room_for(scheduler: GemScheduler) -> None:
+    scheduler._tokens_beside_chat = 8
+    for i in range(8):
+        add(scheduler, f"text-{i}", range(3 + i, 63 + i), EMBED.clone())
+    first, second = scheduler.schedule(), scheduler.schedule()
+    assert first.total_num_scheduled_tokens == second.total_num_scheduled_tokens == 256
+    add(scheduler, "chat", range(20, 28), greedy(4))
+    finish(scheduler, first)
+    third = scheduler.schedule()
+    assert third.num_scheduled_tokens["chat"] == 8
+    finish(scheduler, second)
+    fourth = scheduler.schedule()
+    assert fourth.num_scheduled_tokens["chat"] == 1
+    assert fourth.total_num_scheduled_tokens <= 1 + 8
+    for step in (third, fourth):
+        finish(scheduler, step)

@@ -277,6 +277,11 @@ def test_an_answer_with_its_prompts_embedding(server: Server) -> None:
     assert cosines(found, reference.embed(TEXTS)).min() >= 0.9999
 
 
+def test_what_a_text_is_as_tokens_is_told_of_any_text(server: Server) -> None:
+    answer = server.post("/tokenize", prompt="<|gem_0|>", add_special_tokens=False)
+    assert answer.json()["tokens"] == [server.reference.gem_config.special_token_ids[0]]
+
+
 @pytest.mark.parametrize(
     ("route", "body", "status", "message"),
     [
@@ -346,6 +351,34 @@ def test_an_answer_with_its_prompts_embedding(server: Server) -> None:
             "takes embed",
         ),
         ("/v1/completions", {"prompt": "<|gem_0|>", "gem": {"compress": True}}, 400, "reserved"),
+        ("/v1/completions", {"prompt": "<|gem_1|>", "stream": True}, 400, "reserved GEM token"),
+        ("/v1/completions", {"prompt": [SPECIAL], "stream": True}, 400, "no whole run"),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": "<|gem_2|>"}], "stream": True},
+            400,
+            "reserved GEM token",
+        ),
+        ("/v1/responses", {"input": "<|gem_2|>", "stream": True}, 400, "reserved GEM token"),
+        (
+            "/v1/chat/completions",
+            {
+                "messages": [{"role": "user", "content": "a", "gem": {"compress": True}}],
+                "echo": True,
+                "stream": True,
+            },
+            400,
+            '"echo" is not for',
+        ),
+        (
+            "/v1/chat/completions",
+            {
+                "messages": [{"role": "user", "content": "a", "gem": {"compress": True}}],
+                "prompt_logprobs": 1,
+            },
+            400,
+            "prompt_logprobs is not for",
+        ),
     ],
 )
 def test_bad_requests(

@@ -142,6 +142,14 @@ def test_engines_of_other_models_are_not_counted(worker: str) -> None:
         ({"runner": "pooling", "convert": "embed"}, "one engine embeds and generates"),
         ({"additional_config": {"gem_tokens_beside_chat": 0}}, "is 0; give the number of prompt"),
         ({"additional_config": {"gem_tokens_beside_chat": "9"}}, "is '9'; give the number"),
+        (
+            {
+                "additional_config": {"gem_tokens_beside_chat": 9},
+                "enable_chunked_prefill": False,
+                "max_model_len": 64,
+            },
+            "Leave one of --no-enable-chunked-prefill and it out",
+        ),
         ({"max_model_len": 5}, "leaves no room for text"),
         ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "its own scheduler"),
         (
