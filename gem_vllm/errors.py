@@ -1,4 +1,4 @@
-"""The one exception that stands for "the user can mend this"."""
+"""The one exception that stands for "the user can mend this", and what goes into its line."""
 
 
 class GemError(Exception):
@@ -10,3 +10,8 @@ class GemError(Exception):
 
 class GemConfigError(GemError, ValueError):
     """A checkpoint, base model or ``gem_config`` that cannot be used as it is."""
+
+
+def first_line(error: BaseException) -> str:
+    """What ``error`` says, in one line."""
+    return str(error).strip().split("\n", 1)[0] or type(error).__name__

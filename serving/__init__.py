@@ -4,7 +4,8 @@
 |---|---|
 | `job` | `gem-vllm embed`: plan, actor pool, progress, the count at the end |
 | `replica` | one engine that turns shards of rows into Parquet files |
-| `manifest` | what is finished, and what a job is bound to, in its output folder |
+| `plan` | which rows are in which shard, and what a job is bound to |
+| `manifest` | the plan, and what is finished of it, in the output folder |
 | `lock` | one job at a time in a local output folder |
 | `inputs` | the rows to embed, whatever format they are in, bad ones included |
 | `columnar` | Parquet and Arrow files |

@@ -7,11 +7,6 @@ class JobError(Exception):
     """The job could not go on; what is finished stays. The command line exits with code 1."""
 
 
-def first_line(error: BaseException) -> str:
-    """What ``error`` says, in one line."""
-    return str(error).strip().split("\n", 1)[0] or type(error).__name__
-
-
 def told_by_validation(lines: Sequence[str]) -> str | None:
     """Of what pydantic says of vLLM's options, the message in it; None in other accounts."""
     prefix = "Value error, "

@@ -19,10 +19,9 @@ import fsspec
 import pyarrow as pa
 from fsspec.utils import glob_translate
 
-from gem_vllm.errors import GemError
+from gem_vllm.errors import GemError, first_line
 from gem_vllm.serving import columnar, lines
 from gem_vllm.serving.columnar import Chunk, Extent, RowRange, is_open_type, merged_type
-from gem_vllm.serving.errors import first_line
 
 
 @dataclass(frozen=True)
@@ -52,9 +51,9 @@ _PARQUET = Format(
 _ARROW = Format(
     "arrow", columnar.arrow_types, columnar.count_arrow, columnar.read_arrow, True, True
 )
-_JSON = Format("jsonl", lines.json_types, lines.count_lines, lines.read_json)
+_JSON = Format("jsonl", lines.json_types, lines.count_json, lines.read_json)
 _CSV = Format("csv", lines.csv_types, lines.count_csv, lines.read_csv, headed=True)
-_TEXT = Format("text", lines.text_types, lines.count_lines, lines.read_text)
+_TEXT = Format("text", lines.text_types, lines.count_text, lines.read_text)
 FORMATS = {
     ".parquet": _PARQUET,
     ".arrow": _ARROW,

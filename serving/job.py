@@ -19,6 +19,7 @@ import ray
 
 from gem_vllm.errors import GemError
 from gem_vllm.folders import content_sha256
+from gem_vllm.machine import check_engine_options
 from gem_vllm.serving.columnar import Extent
 from gem_vllm.serving.errors import JobError
 from gem_vllm.serving.inputs import InputFile, column_types, count_rows, list_files, would_read
@@ -55,6 +56,7 @@ def run_embed_job(
     """
     options.check()
     replicas.check()
+    check_engine_options(replicas.engine)
     files = list_files(options.input)
     types = column_types(files, options.columns())
     output = OutputFolder(options.output)

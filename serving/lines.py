@@ -1,6 +1,7 @@
 """Formats of one row after the other: JSON lines, CSV and plain text, also compressed (.gz).
 
-A row that cannot be read is a row with a problem, not one that is missing.
+A row that cannot be read is a row with a problem, not one that is missing. A blank line is a row of
+plain text alone: of JSON lines and CSV it is none.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import fsspec
 import pyarrow as pa
 
+from gem_vllm.errors import first_line
 from gem_vllm.serving.columnar import (
     CHUNK_ROWS,
     Chunk,
@@ -25,7 +27,8 @@ from gem_vllm.serving.columnar import (
     is_open_type,
     merged_type,
 )
-from gem_vllm.serving.errors import first_line
+
+T = TypeVar("T")
 
 TEXT_COLUMN = "text"
 SAMPLED_ROWS = 1000
@@ -67,8 +70,14 @@ def text_types(url: str, names: Sequence[str]) -> dict[str, pa.DataType]:
     return {TEXT_COLUMN: pa.string()}
 
 
-def count_lines(url: str) -> Extent:
-    """Rows of a file of JSON lines or text."""
+def count_json(url: str) -> Extent:
+    """Rows of a file of JSON lines."""
+    read = _Read()
+    return _extent(url, _not_blank(_lines(url, read=read)), read)
+
+
+def count_text(url: str) -> Extent:
+    """Rows of a text file."""
     read = _Read()
     return _extent(url, _lines(url, read=read), read)
 
@@ -81,7 +90,7 @@ def count_csv(url: str) -> Extent:
     with _text_stream(url) as lines:
         rows = _csv_reader(_noted(lines, read))
         next(rows, None)
-        return _extent(url, rows, read)
+        return _extent(url, filter(None, rows), read)
 
 
 def _extent(url: str, rows: Iterable[Any], read: _Read) -> Extent:
@@ -123,7 +132,7 @@ def _chunks(
 
 
 def _json_rows(url: str, rows: RowRange | None = None) -> Iterator[_Row]:
-    for line in _lines(url) if rows is None else _lines_of(url, rows):
+    for line in _lines_with_rows(url, rows):
         try:
             row = json.loads(line.decode("utf-8"))
         except UnicodeDecodeError:
@@ -143,7 +152,7 @@ def _csv_rows(url: str, rows: RowRange) -> Iterator[_Row]:
         reader = _csv_reader(stream)
         if not rows.from_byte:
             next(reader, None)
-        for fields in islice(reader, rows.start - rows.from_row, rows.stop - rows.from_row):
+        for fields in _within(filter(None, reader), rows):
             if len(fields) == len(names):
                 yield dict(zip(names, fields, strict=True)), ""
             else:
@@ -151,7 +160,7 @@ def _csv_rows(url: str, rows: RowRange) -> Iterator[_Row]:
 
 
 def _text_rows(url: str, rows: RowRange) -> Iterator[_Row]:
-    for line in _lines_of(url, rows):
+    for line in _within(_lines(url, rows.from_byte), rows):
         yield {TEXT_COLUMN: line.rstrip(b"\r\n")}, ""
 
 
@@ -243,9 +252,20 @@ class _Read:
     bytes: int = 0
 
 
-def _lines_of(url: str, rows: RowRange) -> Iterator[bytes]:
-    lines = _lines(url, rows.from_byte)
-    return islice(lines, rows.start - rows.from_row, rows.stop - rows.from_row)
+def _lines_with_rows(url: str, rows: RowRange | None) -> Iterator[bytes]:
+    """The lines of JSON's rows; None for all of them."""
+    if rows is None:
+        return _not_blank(_lines(url))
+    return _within(_not_blank(_lines(url, rows.from_byte)), rows)
+
+
+def _not_blank(lines: Iterable[bytes]) -> Iterator[bytes]:
+    return (line for line in lines if not line.isspace())
+
+
+def _within(from_mark: Iterable[T], rows: RowRange) -> Iterator[T]:
+    """Of what is in a file from the mark before ``rows`` on, those."""
+    return islice(from_mark, rows.start - rows.from_row, rows.stop - rows.from_row)
 
 
 def _lines(url: str, from_byte: int = 0, read: _Read | None = None) -> Iterator[bytes]:

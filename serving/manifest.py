@@ -26,8 +26,8 @@ from typing import Any
 
 import fsspec
 
-from gem_vllm.errors import GemError
-from gem_vllm.serving.errors import JobError, first_line
+from gem_vllm.errors import GemError, first_line
+from gem_vllm.serving.errors import JobError
 from gem_vllm.serving.inputs import InputFile
 from gem_vllm.serving.lock import held
 from gem_vllm.serving.plan import Plan, Shard, differences, going_on
@@ -136,7 +136,11 @@ class OutputFolder:
             # Read in any case: another job may have been first.
             found = self.read_json(PLAN)
             other = "; ".join(differences(going_on(found["bound"], bound), bound))
-            if other:
+            if other and self._has_plan_alone():
+                # As of a job whose engine refused an option: nothing is lost with it.
+                found = asdict(make() if plan is None else plan)
+                self.write_json(PLAN, found)
+            elif other:
                 raise GemError(
                     f"{self.url} has the output of another job: {other}. Choose another "
                     "--output, or give what the job began with to go on with it"
@@ -212,6 +216,10 @@ class OutputFolder:
         for folder in (root, root / DONE, root / ERRORS, root / STATE):
             for path in folder.glob(pattern):
                 path.unlink(missing_ok=True)
+
+    def _has_plan_alone(self) -> bool:
+        """Whether a job has made nothing of its plan, and cannot be about to: it has no lock."""
+        return self.local and self._names("") == [STATE] and not self._names(DONE)
 
     def _refuse_foreign(self) -> None:
         if foreign := [name for name in self._names("") if name != STATE]:

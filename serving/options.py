@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import string
 from collections.abc import Mapping
@@ -11,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from gem_vllm.config import GemConfig
-from gem_vllm.errors import GemError
+from gem_vllm.errors import GemError, first_line
 from gem_vllm.folders import read_json
-from gem_vllm.serving.errors import first_line
+from gem_vllm.machine import engine_workers
 from gem_vllm.serving.vectors import DTYPES, EMBEDDING, SCALE
 
 ON_ERROR = ("fail", "skip", "null")
@@ -135,7 +136,7 @@ class ReplicaOptions:
         min_replicas: kept running.
         max_replicas: started where there is room and work.
         cpus: cores of a replica; None for all that there are, shared by `max_replicas`, and no
-            more than the largest node has.
+            more than the largest node has, or, of one with GPUs, for 1.
         tensor_parallel: GPUs, or CPU worker processes, that share a replica's model.
         engine: further options of vLLM's engine (`EngineArgs`).
         ray_address: of a running cluster; None for one on this machine, for this job.
@@ -155,17 +156,31 @@ class ReplicaOptions:
                 f"--min-replicas {self.min_replicas} --max-replicas {self.max_replicas}: give 1 or "
                 "more, and no more than the second"
             )
-        if self.cpus is not None and self.cpus < 1:
+        if self.cpus is not None and not 1 <= self.cpus < math.inf:
             raise GemError(f"--cpus-per-replica is {self.cpus:g}; give 1 or more")
         if self.tensor_parallel < 1:
             raise GemError(f"--tensor-parallel-size is {self.tensor_parallel}; give 1 or more")
         if "model" in self.engine:
             raise GemError("--engine names a model; give it as --model")
+        for name, option in _OWN_OPTIONS.items():
+            if name in self.engine:
+                raise GemError(f"--engine has '{name}'; use {option}")
+
+    def workers(self) -> int:
+        """Processes that compute, of one replica."""
+        return engine_workers({**self.engine, "tensor_parallel_size": self.tensor_parallel})
 
     def decisive(self) -> dict[str, Any]:
         """As `EmbedOptions.decisive`: the engine's options but `FREE_ENGINE_OPTIONS`, as JSON."""
         engine = {k: v for k, v in self.engine.items() if k not in FREE_ENGINE_OPTIONS}
         return {f"engine {k}": v for k, v in json.loads(json.dumps(engine, default=str)).items()}
+
+
+# vLLM's name of what has an option of its own here.
+_OWN_OPTIONS = {
+    "tensor_parallel_size": "--tensor-parallel-size",
+    "data_parallel_size": "--max-replicas",
+}
 
 
 class _AnyValue:

@@ -107,27 +107,26 @@ def engine_needs(
     replicas: ReplicaOptions,
 ) -> tuple[tuple[float, float], dict[str, str], dict[str, Any]]:
     """CPUs and GPUs, the environment and the engine's options of an actor."""
-    engine = dict(replicas.engine)
+    engine, workers = dict(replicas.engine), replicas.workers()
     if replicas.tensor_parallel > 1:
-        engine |= {
-            "tensor_parallel_size": replicas.tensor_parallel,
-            "distributed_executor_backend": "mp",
-        }
+        engine["tensor_parallel_size"] = replicas.tensor_parallel
+    if workers > 1:
+        engine["distributed_executor_backend"] = "mp"
     # The engine in the actor's own process: it ends when the actor is killed.
     environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
     # Not by the GPUs that there are: nodes with GPUs may join when there is work for them.
     if not is_cpu_build():
-        return (replicas.cpus or 1, replicas.tensor_parallel), environment, engine
+        return (replicas.cpus or 1, workers), environment, engine
     engine.setdefault("dtype", serve_dtype())
     served = serve_environment()
     kept = ("LD_PRELOAD", "VLLM_USE_AOT_COMPILE")
     environment |= {name: served[name] for name in kept if name in served}
     # One engine gets the cores themselves; of several, none knows which are the others'.
-    alone = replicas.max_replicas == replicas.tensor_parallel == 1
+    alone = replicas.max_replicas == workers == 1
     bound_to = served.get("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     environment["VLLM_CPU_OMP_THREADS_BIND"] = bound_to if alone else "nobind"
     cpus = replicas.cpus or _share_of_cpus(replicas.max_replicas)
-    environment["OMP_NUM_THREADS"] = str(max(1, int(cpus) // replicas.tensor_parallel))
+    environment["OMP_NUM_THREADS"] = str(max(1, int(cpus) // workers))
     return (cpus, 0), environment, engine
 
 

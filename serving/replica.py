@@ -18,7 +18,7 @@ from gem_vllm.serving.engine import Answer, EngineThread, in_order
 from gem_vllm.serving.errors import JobError
 from gem_vllm.serving.inputs import BROKEN_FILE, InputFile, read_rows
 from gem_vllm.serving.job_metrics import JobMetrics
-from gem_vllm.serving.manifest import DONE, ERRORS, OutputFolder
+from gem_vllm.serving.manifest import DONE, ERRORS, PLAN, OutputFolder
 from gem_vllm.serving.options import GENERATED, ID, EmbedOptions
 from gem_vllm.serving.plan import Shard
 from gem_vllm.serving.vectors import vector_columns, vector_fields
@@ -122,9 +122,18 @@ class Replica:
         o = self._options
         with self._starting:
             if self._engine is None:
+                self._check_output()
                 self._engine = EngineThread(
                     o.model, self._engine_options, o.dimensions, o.max_tokens
                 )
+
+    def _check_output(self) -> None:
+        """JobError where this node has a folder of its own by the output's name."""
+        if self._output.read_json(PLAN) is None:
+            raise JobError(
+                f"node {ray.util.get_node_ip_address()} does not see what is in "
+                f"{self._output.url}; give an --output that all nodes share"
+            )
 
     def _check_count(self, shard: Shard, file: InputFile, counts: _Counts) -> None:
         if counts.rows != shard.stop - shard.start:

@@ -52,7 +52,10 @@ def embed(
     max_tokens: Annotated[int, typer.Option(help="Of an answer.")] = 128,
     rows_per_shard: Annotated[
         int | None,
-        typer.Option(help="Rows of an output file.", show_default="by the size of the input"),
+        typer.Option(
+            help="Rows of an output file; a job that goes on keeps to what it began with.",
+            show_default="by the size of the input",
+        ),
     ] = None,
     min_replicas: Annotated[int, typer.Option(help="Engines that are kept running.")] = 1,
     max_replicas: Annotated[
@@ -60,7 +63,8 @@ def embed(
         typer.Option(help="Engines where there is room and work.", show_default="--min-replicas"),
     ] = None,
     cpus_per_replica: Annotated[
-        float | None, typer.Option(help="Cores of an engine.", show_default="its share")
+        float | None,
+        typer.Option(help="Cores of an engine.", show_default="its share; 1 with a GPU"),
     ] = None,
     tensor_parallel_size: Annotated[int, typer.Option(help="GPUs of an engine.")] = 1,
     engine: Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,6 +12,7 @@ import typer
 
 from gem_vllm.commands.json_option import json_object
 from gem_vllm.commands.on_ray import exit_codes, require_ray
+from gem_vllm.errors import GemError
 
 
 def serve(
@@ -29,7 +31,8 @@ def serve(
         float, typer.Option(help="Of a replica: more start another one, less stop one.")
     ] = 64,
     cpus_per_replica: Annotated[
-        float | None, typer.Option(help="Cores of an engine.", show_default="its share")
+        float | None,
+        typer.Option(help="Cores of an engine.", show_default="its share; 1 with a GPU"),
     ] = None,
     tensor_parallel_size: Annotated[int, typer.Option(help="GPUs of an engine.")] = 1,
     max_ongoing_requests: Annotated[
@@ -81,7 +84,7 @@ def serve(
             max_queued_requests=max_queued_requests,
             request_timeout_s=request_timeout,
             max_inputs=max_inputs,
-            max_body_bytes=int(max_body_mb * 2**20),
+            max_body_bytes=_bytes_of(max_body_mb),
             api_keys=None if api_keys is None else api_keys.absolute(),
             engine=json_object(engine),
         )
@@ -98,3 +101,9 @@ def serve(
 
         with exit_codes("stopped"):
             run_endpoint(options, host, port, ray_address, report)
+
+
+def _bytes_of(max_body_mb: float) -> int:
+    if not math.isfinite(max_body_mb):
+        raise GemError(f"--max-body-mb is {max_body_mb:g}; give a number of MiB")
+    return int(max_body_mb * 2**20)

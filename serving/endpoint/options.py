@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -14,6 +15,7 @@ from gem_vllm.serving.options import ReplicaOptions, embedding_size
 from gem_vllm.serving.ray_settings import MAX_TIMEOUT_S
 
 APP_NAME = "gem"
+MAX_PORT = 65535
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class EndpointOptions:
         max_replicas: started where there is room and more to do.
         target_ongoing_requests: running and queued requests of a replica, by which their number
             follows the load.
-        cpus_per_replica: cores of a replica; None for an equal share of the cluster's.
+        cpus_per_replica: cores of a replica; None for an equal share of the cluster's, or, of one
+            with GPUs, for 1.
         tensor_parallel_size: GPUs, or CPU worker processes, that share a replica's model.
         max_ongoing_requests: that a replica works on.
         max_queued_requests: that wait at a replica for those to be done; one more gets 429.
@@ -93,8 +96,8 @@ class EndpointOptions:
             "max_inputs",
             "max_body_bytes",
         ):
-            if getattr(self, name) <= 0:
-                raise GemError(f"{name} is {getattr(self, name):g}; it must be above 0")
+            if not 0 < getattr(self, name) < math.inf:
+                raise GemError(f"{name} is {getattr(self, name):g}; it must be above 0, and finite")
         if self.request_timeout_s > MAX_TIMEOUT_S:
             raise GemError(
                 f"request_timeout_s is {self.request_timeout_s:g}; it must be at most "
@@ -118,7 +121,13 @@ class EndpointOptions:
         )
 
     def serve_config(self, host: str, port: int) -> dict[str, Any]:
-        """The file for `serve deploy`: this application, with these options."""
+        """The file for `serve deploy`: this application, with these options.
+
+        Raises:
+            GemError: there is no such port.
+        """
+        if not 1 <= port <= MAX_PORT:
+            raise GemError(f"--port is {port}; give one from 1 to {MAX_PORT}")
         given = {field.name: getattr(self, field.name) for field in fields(self)}
         args = {
             name: str(value) if isinstance(value, Path) else value
@@ -151,7 +160,6 @@ _OWN_OPTIONS = {
     "port": "--port",
     "uds": "--host and --port",
     "served_model_name": "--served-model-name",
-    "tensor_parallel_size": "--tensor-parallel-size",
 }
 _TYPES: dict[str, tuple[type, ...]] = {
     "int": (int,),

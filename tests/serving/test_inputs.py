@@ -164,9 +164,9 @@ def test_bad_json_lines_are_rows_with_problems(tmp_path: Path) -> None:
         2: "the text is int, not a string",
         3: "invalid UTF-8",
         4: "not a JSON object",
-        8: "not JSON",
     }
     assert texts([chunk])[0] == b"good"
+    assert texts([chunk])[8] == b"good too", "a blank line is no row"
     assert texts([chunk])[5] is None
     with pytest.raises(UnicodeDecodeError):
         texts([chunk])[7].decode()
@@ -189,6 +189,15 @@ def test_bad_csv_lines_are_rows_with_problems(tmp_path: Path) -> None:
     assert texts([chunk])[:3] == [b"one", None, b"two\nlines"]
     with pytest.raises(UnicodeDecodeError):
         texts([chunk])[3].decode()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("rows.jsonl", '{"text": "a"}\n\n \n{"text": "b"}\n\n'), ("rows.csv", "text\na\n\nb\n\n")],
+)
+def test_blank_lines_are_no_rows(name: str, content: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    assert texts(read_all(tmp_path / name, ["text"])) == [b"a", b"b"]
 
 
 def test_parquet_text_that_is_no_utf8(tmp_path: Path) -> None:

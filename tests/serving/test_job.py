@@ -131,6 +131,14 @@ def test_a_file_that_ends_too_early_is_refused_at_the_start(model: Path, tmp_pat
     assert not Path(options.output).exists()
 
 
+def test_an_engine_option_that_is_none_is_refused_at_the_start(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text("one\n")
+    options = EmbedOptions(model=model, input=str(tmp_path / "in.txt"), output=str(tmp_path / "o"))
+    with pytest.raises(GemError, match="--engine cannot set max_modellen"):
+        run_embed_job(options, ReplicaOptions(engine={"max_modellen": 64}))
+    assert not Path(options.output).exists()
+
+
 @pytest.mark.usefixtures("cluster")
 def test_an_engine_that_cannot_start_ends_the_job_with_its_reason(
     model: Path, tmp_path: Path

@@ -28,6 +28,12 @@ def opened(folder: OutputFolder, bound: dict = BOUND, rows_per_shard: int = 4) -
         return plan
 
 
+def begun(folder: OutputFolder, bound: dict = BOUND) -> None:
+    """A job that has begun to write."""
+    opened(folder, bound)
+    folder.write_json("part-00000.parquet", {})
+
+
 def test_shards_hold_every_row_once() -> None:
     plan = plan_of()
     assert [(s.index, s.file, s.start, s.stop) for s in plan.shards] == [
@@ -58,9 +64,18 @@ def test_another_job_is_refused_with_what_differs(
     change: dict, message: str, tmp_path: Path
 ) -> None:
     folder = OutputFolder(str(tmp_path))
-    opened(folder)
+    begun(folder)
     with pytest.raises(GemError, match=message):
         opened(folder, BOUND | change)
+
+
+def test_a_job_that_has_made_nothing_gives_way(tmp_path: Path) -> None:
+    """As one does whose engine refused an option, which is mended."""
+    folder, mended = OutputFolder(str(tmp_path)), BOUND | {"options": {"engine dtype": "float32"}}
+    opened(folder, BOUND | {"options": {"engine dtype": "float31"}})
+    assert opened(folder, mended, 2).bound == mended
+    again = opened(OutputFolder(str(tmp_path)), mended)
+    assert [shard.stop - shard.start for shard in again.shards] == [2] * 7
 
 
 @pytest.mark.parametrize(("had", "has"), [("fail", "skip"), ("fail", "null"), ("skip", "fail")])
@@ -68,7 +83,7 @@ def test_only_a_job_without_bad_rows_goes_on_by_another_rule_for_them(
     had: str, has: str, tmp_path: Path
 ) -> None:
     before, after = ({**BOUND, "options": {"on_error": rule}} for rule in (had, has))
-    opened(OutputFolder(str(tmp_path)), before)
+    begun(OutputFolder(str(tmp_path)), before)
     if had == "skip":
         with pytest.raises(GemError, match="on_error was 'skip', is 'fail'"):
             opened(OutputFolder(str(tmp_path)), after)
@@ -94,7 +109,7 @@ def test_of_two_jobs_that_begin_at_once_the_first_has_the_folder(url: str, tmp_p
     other = {**BOUND, "checkpoint": "d"}
 
     def plan_meanwhile() -> Plan:
-        opened(OutputFolder(folder.url), BOUND)
+        begun(OutputFolder(folder.url), BOUND)
         return replace(plan_of(2), bound=other)
 
     with (

@@ -19,6 +19,9 @@ JSON = "".join(json.dumps({"text": row}, ensure_ascii=False) + "\n" for row in R
 # Of two lines each, with ends as in Windows.
 QUOTED = "text,n\r\n" + "".join(f'"{row}\r\n",{i}\r\n' for i, row in enumerate(ROWS))
 TEXT = "\n".join(ROWS)
+# With blank lines, which are no rows.
+SPACED = JSON.replace('5"}\n', '5"}\n\n')
+SPACED_CSV = QUOTED.replace(",4\r\n", ",4\r\n\r\n")
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +47,10 @@ def texts_of(plan: Plan) -> list[str]:
 
 @pytest.mark.parametrize("start", [b"", codecs.BOM_UTF8], ids=["", "BOM"])
 @pytest.mark.parametrize("rows_per_shard", [7, 10, 25, 100])
-@pytest.mark.parametrize(("suffix", "content"), [("jsonl", JSON), ("csv", QUOTED), ("txt", TEXT)])
+@pytest.mark.parametrize(
+    ("suffix", "content"),
+    [("jsonl", JSON), ("jsonl", SPACED), ("csv", QUOTED), ("csv", SPACED_CSV), ("txt", TEXT)],
+)
 def test_every_shard_begins_at_a_mark(
     suffix: str, content: str, rows_per_shard: int, start: bytes, tmp_path: Path
 ) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from gem_vllm.errors import GemError
 from gem_vllm.serving.options import EmbedOptions, ReplicaOptions
 from gem_vllm.serving.processor import EmbedProcessorConfig
 
@@ -21,6 +23,19 @@ def test_local_paths_are_absolute(
     model = tiny_checkpoint("llama", k=2)
     monkeypatch.chdir(model.parent)
     assert EmbedProcessorConfig(model=model.name).model == model
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"engine": {"tensor_parallel_size": 2}}, "use --tensor-parallel-size"),
+        ({"engine": {"data_parallel_size": 2}}, "use --max-replicas"),
+        ({"cpus": float("nan")}, "--cpus-per-replica is nan"),
+    ],
+)
+def test_what_engines_cannot_have_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(GemError, match=message):
+        ReplicaOptions(**changes).check()
 
 
 def test_what_is_bound_of_the_engine() -> None:

@@ -36,3 +36,25 @@ def test_an_engine_gets_no_more_cpus_than_a_node_has(
     monkeypatch.setattr(pool, "is_cpu_build", lambda: True)
     needs, environment, _ = pool.engine_needs(ReplicaOptions(max_replicas=replicas))
     assert (needs, environment["OMP_NUM_THREADS"]) == ((cpus, 0), str(cpus))
+
+
+@pytest.mark.parametrize(
+    ("cpu_build", "needs"), [(True, (8, 0)), (False, (1, 4))], ids=["cpu", "cuda"]
+)
+def test_workers_of_a_pipeline_count(
+    cpu_build: bool, needs: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 8.0}}])
+    monkeypatch.setattr(pool, "is_cpu_build", lambda: cpu_build)
+    replicas = ReplicaOptions(tensor_parallel=2, engine={"pipeline_parallel_size": 2})
+    found, environment, engine = pool.engine_needs(replicas)
+    assert found == needs
+    assert engine == {
+        **({"dtype": engine.get("dtype")} if cpu_build else {}),
+        "tensor_parallel_size": 2,
+        "pipeline_parallel_size": 2,
+        "distributed_executor_backend": "mp",
+    }
+    if cpu_build:
+        assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+        assert environment["OMP_NUM_THREADS"] == "2"
