@@ -89,22 +89,27 @@ def command_line(options: TrainOptions) -> str:
     """The command that makes this run again, over several lines; files by name alone."""
     words = [flag("base"), options.base.resolve().name]
     for spec in options.data:
-        words += [flag("data"), Path(spec).name]
+        words += [flag("data"), _name_of(spec)]
     words += [flag("out"), options.out.name]
     for name in ("pairs", "held_out_pairs"):
         if (file := getattr(options, name)) is not None:
             words += [flag(name), Path(file).name]
     defaults = TrainOptions(
-        base=options.base, data=options.data, out=options.out, mode=options.mode
+        base=options.base,
+        data=options.data,
+        out=options.out,
+        mode=options.mode,
+        steps=options.steps,
     )
     left_out = {"base", "data", "pairs", "held_out_pairs", *FREE_ON_RESUME}
+    always = {"mode", "steps"}
     if options.held_out_pairs is not None:
         left_out -= {"save_every", "patience"}  # which checkpoints there are to choose from
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         if field.name in left_out:
             continue
-        if field.name == "mode" or value != getattr(defaults, field.name):
+        if field.name in always or value != getattr(defaults, field.name):
             values = value if isinstance(value, tuple) else (value,)
             for each in values:
                 words += option_words(field.name, each)
@@ -139,8 +144,13 @@ def source_commit() -> str | None:
         return None
 
 
+def _name_of(spec: str) -> str:
+    """What a ``--data`` is called wherever it is: of a file its name, of a data set all of it."""
+    return Path(spec).name if Path(spec).is_file() else spec
+
+
 def _data(options: TrainOptions) -> str:
-    texts = ", ".join(f"`{Path(spec).name}`" for spec in options.data)
+    texts = ", ".join(f"`{_name_of(spec)}`" for spec in options.data)
     if options.pairs is None:
         return texts
     return f"{texts}; {options.pairs_share:.0%} of the batches are of `{Path(options.pairs).name}`"
