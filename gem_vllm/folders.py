@@ -60,9 +60,7 @@ def check_writable(folder: Path, *, weight_bytes: int = 0) -> None:
     folder = folder.absolute()
     if os.path.ismount(folder):
         raise GemError(f"{folder} is mounted, so it cannot be replaced; name a folder inside it")
-    existing = next(path for path in folder.parents if os.path.exists(path))
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise GemError(f"nothing can be written in {existing}; choose another folder")
+    existing = writable_parent(folder)
     if folder.exists() and not folder.is_dir():
         raise GemError(f"{folder} is a file; name a folder to write")
     if folder.exists() and (foreign := _foreign(folder)):
@@ -73,6 +71,14 @@ def check_writable(folder: Path, *, weight_bytes: int = 0) -> None:
             f"{existing} has {free >> 20} MiB free and {need >> 20} MiB are needed; make room, "
             "or choose a folder on another disk"
         )
+
+
+def writable_parent(path: Path) -> Path:
+    """The nearest folder above ``path`` that is there; GemError where it cannot be written in."""
+    existing = next(parent for parent in path.absolute().parents if os.path.exists(parent))
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise GemError(f"nothing can be written in {existing}; choose another folder")
+    return existing
 
 
 def _foreign(folder: Path) -> str | None:

@@ -11,6 +11,8 @@ LoraModules = Literal["all", "attention", "mlp"]
 AlphaSchedule = Literal["step", "linear", "constant"]
 Dtype = Literal["auto", "float32", "bfloat16"]
 
+MAX_SEED = 2**32 - 1  # of numpy, which transformers seeds, too
+
 # By option.
 CHOICES: dict[str, tuple[str, ...]] = {
     "mode": get_args(Mode),

@@ -5,14 +5,16 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import os
 import random
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, TypeVar
 
-from gem_vllm.errors import GemError
+from gem_vllm.errors import GemError, first_line
 
 SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz")
 SHUFFLE_BUFFER = 8192
@@ -32,20 +34,22 @@ class TextSource:
     field: str = "text"
 
     def __iter__(self) -> Iterator[str]:
-        path = Path(self.spec)
-        return _read_file(path, self.field) if path.is_file() else self._read_dataset()
+        if os.path.isfile(self.spec):
+            return _read_file(Path(self.spec), self.field)
+        return self._read_dataset()
 
     def check(self) -> None:
         """Raise GemError unless the source can be read and holds at least one text."""
-        path = Path(self.spec)
-        looks_like_file = self.spec.endswith(SUFFIXES) or path.is_absolute() or path.exists()
-        if looks_like_file and not path.is_file():
-            problem = "is a folder, not a file" if path.is_dir() else "does not exist"
-            raise GemError(f"--data {self.spec} {problem}; give a {', '.join(SUFFIXES)} file")
-        if path.is_file() and not path.name.endswith(SUFFIXES):
-            raise GemError(f"--data {self.spec}: cannot read this; give a {', '.join(SUFFIXES)}")
+        spec = self.spec
+        is_file = os.path.isfile(spec)  # of a name that is too long, False
+        looks_like_file = spec.endswith(SUFFIXES) or os.path.isabs(spec) or os.path.exists(spec)
+        if looks_like_file and not is_file:
+            problem = "is a folder, not a file" if os.path.isdir(spec) else "does not exist"
+            raise GemError(f"--data {spec} {problem}; give a {', '.join(SUFFIXES)} file")
+        if is_file and not spec.endswith(SUFFIXES):
+            raise GemError(f"--data {spec}: cannot read this; give a {', '.join(SUFFIXES)}")
         if next(iter(self), None) is None:
-            raise GemError(f"--data {self.spec} holds no text")
+            raise GemError(f"--data {spec} holds no text")
 
     def _read_dataset(self) -> Iterator[str]:
         from datasets import load_dataset
@@ -56,14 +60,14 @@ class TextSource:
         except Exception as error:
             raise GemError(
                 f"--data {self.spec} is no file, and no dataset that loads (NAME or NAME:SPLIT): "
-                f"{_first_line(error)}"
+                f"{first_line(error)}"
             ) from error
         for number in itertools.count():
             where = f"{self.spec}, row {number}"
             try:
                 row = next(rows, None)
             except Exception as error:
-                raise GemError(f"--data {where} cannot be read: {_first_line(error)}") from error
+                raise GemError(f"--data {where} cannot be read: {first_line(error)}") from error
             if row is None:
                 return
             if text := _text_of(row, self.field, where):
@@ -91,9 +95,16 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
     for number, line in _read_lines(path):
         where = f"{path}, line {number}"
         try:
-            yield where, _encodable(json.loads(line))
-        except json.JSONDecodeError as error:
+            value = _encodable(json.loads(line))
+        except (ValueError, RecursionError) as error:  # too long an integer, too deep a nesting
             raise GemError(f"{where}: not a JSON object: {error}") from error
+        yield where, value
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of JSON is a number, and a float holds it: no boolean, NaN or infinity."""
+    is_one = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_one and abs(value) <= sys.float_info.max
 
 
 def _encodable(value: Any) -> Any:
@@ -124,7 +135,7 @@ def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
     except UnicodeDecodeError as error:
         raise GemError(f"{path}, after line {number}: not UTF-8 text; convert it first") from error
     except (EOFError, OSError, zlib.error) as error:
-        reason = _first_line(error)
+        reason = first_line(error)
         raise GemError(f"{path}, after line {number}: cannot be read: {reason}") from error
 
 
@@ -153,7 +164,3 @@ def shuffled(
         yield out
     rng.shuffle(buffer)
     yield from buffer
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n", 1)[0] or type(error).__name__

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from gem_vllm.errors import GemError
-from gem_vllm.training.data import is_jsonl, read_jsonl
+from gem_vllm.training.data import is_jsonl, is_number, read_jsonl
 from gem_vllm.training.model import GemTrainingModel
 from gem_vllm.training.sequences import Template, pad
 
-FIELDS: dict[str, Any] = {"sentence1": str, "sentence2": str, "score": (int, float)}
+FIELDS = ("sentence1", "sentence2", "score")
 TEXTS_AT_ONCE = 64
 
 
@@ -29,7 +30,7 @@ class HeldOutPairs:
     """
 
     def __init__(self, file: Path, tokenizer: Any, template: Template, max_content: int) -> None:
-        if not file.is_file() or not is_jsonl(file):
+        if not os.path.isfile(file) or not is_jsonl(file):
             raise GemError(f"--held-out-pairs {file}: give a .jsonl or .jsonl.gz file")
         pairs = read_scored_pairs(file)
         self.scores = torch.tensor([float(pair["score"]) for pair in pairs])
@@ -73,9 +74,10 @@ def read_scored_pairs(file: Path) -> list[dict[str, Any]]:
     """
     pairs = []
     for where, pair in read_jsonl(file):
-        if not isinstance(pair, dict) or not FIELDS.keys() <= pair.keys():
+        if not isinstance(pair, dict) or not set(FIELDS) <= pair.keys():
             raise GemError(f"{where}: expected an object with {', '.join(FIELDS)}")
-        if not all(isinstance(pair[field], kind) for field, kind in FIELDS.items()):
+        *sentences, score = (pair[field] for field in FIELDS)
+        if not all(isinstance(text, str) for text in sentences) or not is_number(score):
             raise GemError(f"{where}: sentences are text, the score is a number")
         pairs.append(pair)
     return pairs

@@ -11,8 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gem_vllm.errors import GemError
+from gem_vllm.errors import GemError, first_line
 from gem_vllm.serving.vectors import EMBEDDING
+from gem_vllm.training.choices import MAX_SEED
 from gem_vllm.training.pairs import check_pairs_file, write_pairs
 
 # Similarities: with their order, 1 GB.
@@ -47,6 +48,8 @@ class MineOptions:
             raise GemError("--negatives must be at least 1, and --range-min at least 0")
         if self.range_max < self.range_min + self.negatives:
             raise GemError("--range-max must be at least --range-min and --negatives together")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise GemError(f"--seed must be from 0 to {MAX_SEED}")
         check_pairs_file(self.out)
 
 
@@ -54,7 +57,7 @@ def mine(options: MineOptions, progress: Callable[[int, int], None]) -> int:
     """Write a line for each text, ``{"anchor": text, "negative": [texts]}``, whole or not at all.
 
     There is no positive in it: training makes one of the anchor. Texts that occur several times
-    count once.
+    count once, and blank ones not at all.
 
     Args:
         options: checked already.
@@ -99,39 +102,59 @@ def _neighbours(vectors: np.ndarray, start: int, end: int, options: MineOptions)
 
 
 def _read(options: MineOptions) -> tuple[list[str], np.ndarray]:
-    """The different texts, and float32 [n, d] of their vectors; rows without either left out."""
+    """The different texts that are not blank, and float32 [n, d] of their vectors.
+
+    Rows without either are left out.
+    """
     files = sorted(options.vectors.glob("*.parquet"))
     if not files:
         raise GemError(f"{options.vectors} holds no Parquet files; make them with: gem-vllm embed")
     texts: dict[str, None] = {}
     parts = []
     for file in files:
-        try:
-            schema = pq.read_schema(file)
-        except pa.ArrowException as error:
-            raise GemError(f"{file} cannot be read: {error}") from error
-        _check_columns(file, schema, options.text_column)
-        table = pq.read_table(file, columns=[options.text_column, EMBEDDING]).drop_null()
+        table = _read_columns(file, options.text_column)
+        size = table.column(1).type.list_size
+        if parts and size != parts[0].shape[1]:
+            raise GemError(
+                f"{file} holds vectors of {size} numbers, and others {parts[0].shape[1]}; mine in "
+                "those of one job"
+            )
         kept = []
         for number, text in enumerate(table.column(0).to_pylist()):
-            if text not in texts:
+            if text.strip() and text not in texts:
                 texts[text] = None
                 kept.append(number)
-        size = table.column(1).type.list_size
         flat = table.column(1).combine_chunks().flatten().to_numpy(zero_copy_only=False)
         parts.append(flat.reshape(-1, size).astype(np.float32)[kept])
     return list(texts), np.concatenate(parts)
 
 
+def _read_columns(file: Path, text_column: str) -> pa.Table:
+    """The rows with both a text, in column 0, and a vector, in column 1."""
+    try:
+        _check_columns(file, pq.read_schema(file), text_column)
+        return pq.read_table(file, columns=[text_column, EMBEDDING]).drop_null()
+    except (OSError, pa.ArrowException) as error:
+        raise GemError(f"{file} cannot be read: {first_line(error)}") from error
+
+
 def _check_columns(file: Path, schema: pa.Schema, text_column: str) -> None:
     names = set(schema.names)
-    if EMBEDDING not in names or schema.field(EMBEDDING).type.value_type not in (
-        pa.float32(),
-        pa.float16(),
-    ):
+    if EMBEDDING not in names or not _is_vector(schema.field(EMBEDDING).type):
         raise GemError(f"{file} holds no float32 or float16 vectors; embed with --dtype float32")
     if text_column not in names:
         raise GemError(
             f"{file} has no column {text_column!r}; embed with --keep {text_column}, "
             "or name another one by --text-column"
         )
+    kind = schema.field(text_column).type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise GemError(
+            f"{file}: column {text_column!r} holds no texts but {kind}; name another one by "
+            "--text-column"
+        )
+
+
+def _is_vector(kind: pa.DataType) -> bool:
+    floats = (pa.float32(), pa.float16())
+    return pa.types.is_fixed_size_list(kind) and kind.value_type in floats

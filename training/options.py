@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from gem_vllm.errors import GemError
 from gem_vllm.folders import content_sha256
 from gem_vllm.training.choices import (
     CHOICES,
+    MAX_SEED,
     AlphaSchedule,
     Dtype,
     LoraModules,
@@ -125,6 +127,8 @@ class TrainOptions:
             "held_out_pairs": self.held_out_pairs and _content(self.held_out_pairs),
             "matryoshka": list(self.matryoshka),
         }
+        if self.alpha_schedule == "constant":
+            del values["alpha_steps"]
         return {name: value for name, value in values.items() if name not in FREE_ON_RESUME}
 
     def difference(self, recorded: dict[str, Any]) -> list[str]:
@@ -142,6 +146,10 @@ class TrainOptions:
                 raise GemError(f"{flag(name)} must be one of {', '.join(choices)}")
         if not self.data:
             raise GemError("no training text; give at least one --data")
+        if not self.out.name:
+            raise GemError(f"--out {self.out} cannot be replaced; name a folder inside it")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise GemError(f"--seed must be from 0 to {MAX_SEED}")
         if not 1 <= self.special_tokens <= MAX_SPECIAL_TOKENS:
             raise GemError(f"--special-tokens must be from 1 to {MAX_SPECIAL_TOKENS}")
         at_least = {
@@ -149,7 +157,6 @@ class TrainOptions:
             "batch_size": 2,
             "max_tokens": 2 * MIN_SPAN_TOKENS + self.special_tokens,
             "span_tokens": MIN_SPAN_TOKENS,
-            "seed": 0,
             "alpha_steps": 0,
             "lora_rank": 1,
             "lora_alpha": 1,
@@ -193,15 +200,34 @@ class TrainOptions:
         if not 1.0 <= self.scale <= MAX_SCALE:
             raise GemError(f"--scale must be from 1 to {MAX_SCALE:g}")
         for name in ("ntp_learning_rate", "contrastive_learning_rate", "max_grad_norm"):
-            if getattr(self, name) <= 0.0:
-                raise GemError(f"{flag(name)} must be greater than 0")
-        if self.weight_decay < 0.0:
-            raise GemError("--weight-decay must not be negative")
+            if not 0.0 < getattr(self, name) < math.inf:
+                raise GemError(f"{flag(name)} must be greater than 0, and finite")
+        if not 0.0 <= self.weight_decay < math.inf:
+            raise GemError("--weight-decay must be at least 0, and finite")
+        self._check_effects()
+
+    def _check_effects(self) -> None:
+        """Raise GemError for what would have no effect beside the other options."""
+        if self.positives == "mix" and len(self.data) > 2:
+            raise GemError(
+                f"--positives mix reads two --data, and {len(self.data)} are given: put the texts "
+                "for spans into one file, and those for dropout into another"
+            )
+        if self.alpha == 0.0 and self.pairs is not None:
+            raise GemError(
+                "--pairs are for contrastive steps, and with --alpha 0 there are none; give a "
+                "greater --alpha, or no --pairs"
+            )
+        if self.alpha == 0.0 and self.raw_share == 1.0 and self.mode == "adapter":
+            raise GemError(
+                "--alpha 0 with --raw-share 1 trains nothing: an adapter does not act on raw text; "
+                "give a greater --alpha, or a smaller --raw-share"
+            )
 
 
 def _content(spec: str) -> str:
     """The hash of a file; a data set's name, as it is."""
-    return content_sha256(Path(spec)) if Path(spec).is_file() else spec
+    return content_sha256(Path(spec)) if os.path.isfile(spec) else spec
 
 
 def flag(name: str) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gem_vllm.errors import GemError
+from gem_vllm.folders import writable_parent
 from gem_vllm.training.data import is_jsonl, open_text, read_jsonl
 
 
@@ -39,16 +40,19 @@ class PairSource:
 
     def check(self) -> None:
         """Raise GemError unless the file can be read and its first pair is one."""
-        if not self.file.is_file() or not is_jsonl(self.file):
+        if not os.path.isfile(self.file) or not is_jsonl(self.file):
             raise GemError(f"--pairs {self.file}: give a .jsonl or .jsonl.gz file")
         if next(iter(self), None) is None:
             raise GemError(f"--pairs {self.file} holds no pair")
 
 
 def check_pairs_file(out: Path) -> None:
-    """Raise GemError where `write_pairs` could not tell the form from the name."""
+    """Raise GemError, before long work, where `write_pairs` could not write, or would overwrite."""
     if not out.name.endswith((".jsonl", ".jsonl.gz")):
         raise GemError(f"--out {out}: name a .jsonl or .jsonl.gz file")
+    if os.path.lexists(out):
+        raise GemError(f"--out {out} is there already; remove it, or choose another --out")
+    writable_parent(out)
 
 
 def write_pairs(out: Path, rows: Iterable[dict[str, Any]]) -> None:

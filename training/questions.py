@@ -6,6 +6,7 @@ base itself that writes, on vLLM; what is kept is what `round_trip` finds good.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from gem_vllm.errors import GemError
-from gem_vllm.folders import content_sha256, read_json, write_json
+from gem_vllm.folders import content_sha256, read_json, refuse_inside, write_json
 from gem_vllm.machine import (
     check_engine_options,
     engine_defaults,
@@ -68,6 +69,7 @@ class QuestionOptions:
         if not (self.base / "config.json").is_file():
             raise GemError(f"--base {self.base} is no model folder: it has no config.json")
         check_pairs_file(self.out)
+        refuse_inside(self.out, self.base)  # parts there would change its hash
         check_engine_options(self.engine)
         if self.texts is not None and self.texts < 1:
             raise GemError("--texts must be at least 1")
@@ -78,7 +80,7 @@ class QuestionOptions:
         data = Path(self.data)
         return {
             "base": content_sha256(self.base),
-            "data": content_sha256(data) if data.is_file() else self.data,
+            "data": content_sha256(data) if os.path.isfile(data) else self.data,
             "text_field": self.text_field,
             "texts": self.texts,
             "engine": self.engine,
@@ -202,7 +204,7 @@ def _bind(folder: Path, bound: dict[str, Any]) -> None:
                 f"{folder} holds parts of a run that differs in {', '.join(differs)}; remove it, "
                 "or choose another --out"
             )
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise GemError(f"{folder} holds something else; choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(file, bound)

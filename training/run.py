@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from gem_vllm.checkpoint import add_special_tokens, load_base, save_checkpoint
 from gem_vllm.config import GemConfig
 from gem_vllm.errors import GemError
-from gem_vllm.folders import check_writable, read_json, write_json
+from gem_vllm.folders import check_writable, read_json, refuse_inside, write_json
 from gem_vllm.tokens import load_tokenizer
 from gem_vllm.training import peers
 from gem_vllm.training.adapter_model import add_adapter
@@ -239,8 +239,9 @@ def _check_folders(options: TrainOptions, *, resume: bool, overwrite: bool) -> N
     run = options.run_folder
     if resume and overwrite:
         raise GemError("give --resume or --overwrite, not both")
-    if not options.base.is_dir():
+    if not os.path.isdir(options.base):
         raise GemError(f"--base {options.base} is not a folder; name a model folder here")
+    refuse_inside(options.out, options.base)  # checkpoints there would change its hash
     used = [path for path in (options.out, run) if path.exists() and not _is_empty(path)]
     if used and not resume and not overwrite:
         raise GemError(

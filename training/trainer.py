@@ -63,6 +63,7 @@ class GemTrainer(Trainer):
             self.add_callback(self._bar)
         self.add_callback(ClampTemperature)
         self.add_callback(Intervals)
+        self.add_callback(BestOfThisFolder)
         if options.patience is not None:
             self.add_callback(StopWhenNoBetter(options.patience))
         self.add_callback(MarkWhole)
@@ -198,6 +199,18 @@ class Intervals(TrainerCallback):
         """Where checkpoints are scored, score the last one too, whatever step it is of."""
         if args.eval_strategy != IntervalStrategy.NO and state.global_step >= state.max_steps:
             control.should_evaluate = True
+
+
+class BestOfThisFolder(TrainerCallback):
+    """Look for the best checkpoint where the run is now; a state names it by where the run was."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """``Trainer`` has dropped what it did not find there, and would keep the last weights."""
+        if state.best_global_step:
+            best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
+            state.best_model_checkpoint = str(best)
 
 
 class ClampTemperature(TrainerCallback):

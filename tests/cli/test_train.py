@@ -77,6 +77,22 @@ def test_trains(run: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
         ({"lora_last_layers": "0"}, "--lora-last-layers must be at least 1"),
         ({"span_tokens": "7"}, "--span-tokens must be at least 8"),
         ({"mode": "lora", "alpha_steps": "4"}, "--alpha-steps 4 are all of --steps 2"),
+        ({"out": "/"}, "--out / cannot be replaced; name a folder inside it"),
+        ({"base": "b" * 300}, "is not a folder; name a model folder here"),
+        ({"data": f"{'d' * 300}.txt"}, "does not exist; give a .txt"),
+        ({"pairs": f"{'p' * 300}.jsonl"}, "give a .jsonl or .jsonl.gz file"),
+        ({"held_out_pairs": f"{'p' * 300}.jsonl"}, "give a .jsonl or .jsonl.gz file"),
+        ({"seed": "-1"}, "--seed must be from 0 to 4294967295"),
+        ({"seed": "4294967296"}, "--seed must be from 0 to 4294967295"),
+        ({"ntp_learning_rate": "inf"}, "--ntp-learning-rate must be greater than 0, and finite"),
+        ({"contrastive_learning_rate": "nan"}, "--contrastive-learning-rate must be greater than"),
+        ({"max_grad_norm": "nan"}, "--max-grad-norm must be greater than 0, and finite"),
+        ({"max_grad_norm": "inf"}, "--max-grad-norm must be greater than 0, and finite"),
+        ({"weight_decay": "nan"}, "--weight-decay must be at least 0, and finite"),
+        ({"weight_decay": "inf"}, "--weight-decay must be at least 0, and finite"),
+        ({"weight_decay": "-0.1"}, "--weight-decay must be at least 0, and finite"),
+        ({"alpha": "0", "raw_share": "1"}, "--alpha 0 with --raw-share 1 trains nothing"),
+        ({"alpha": "0", "pairs": "pairs.jsonl"}, "with --alpha 0 there are none"),
     ],
 )
 def test_bad_input_is_refused_in_a_line(
@@ -87,6 +103,12 @@ def test_bad_input_is_refused_in_a_line(
     assert message in " ".join(error.split())
     assert not (tmp_path / "gem").exists()
     assert not list(tmp_path.glob("gem.run/checkpoint-*"))
+
+
+def test_a_mix_of_more_than_two_sources_is_refused(run: Callable[..., tuple[int, str]]) -> None:
+    code, error = run("--data", "b.txt", "--data", "c.txt", positives="mix")
+    assert code == 2
+    assert "--positives mix reads two --data, and 3 are given" in error
 
 
 def test_text_field_that_is_not_there(run: Callable[..., tuple[int, str]], tmp_path: Path) -> None:

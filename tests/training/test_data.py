@@ -69,6 +69,8 @@ def test_field_is_named(tmp_path: Path) -> None:
         ("a.jsonl", as_jsonl(LINES[:1]) + "{oops\n", "line 2: not a JSON object"),
         ("a.jsonl", "[1]\n", "line 1: expected a JSON object"),
         ("a.jsonl", '{"text": 3}\n', "line 1: field 'text' is not text"),
+        ("a.jsonl", f'{{"text": {"9" * 5000}}}\n', "line 1: not a JSON object: Exceeds the limit"),
+        ("a.jsonl", "[" * 100_000 + "\n", "line 1: not a JSON object: maximum recursion depth"),
     ],
 )
 def test_bad_lines_are_named(tmp_path: Path, name: str, content: str, message: str) -> None:
@@ -78,6 +80,10 @@ def test_bad_lines_are_named(tmp_path: Path, name: str, content: str, message: s
 
 def make_missing(folder: Path) -> str:
     return str(folder / "missing.txt")
+
+
+def make_too_long(folder: Path) -> str:
+    return f"{'a' * 300}.txt"
 
 
 def make_empty(folder: Path) -> str:
@@ -104,6 +110,7 @@ def make_latin(folder: Path) -> str:
     ("make", "message"),
     [
         (make_missing, "does not exist"),
+        (make_too_long, "does not exist"),
         (str, "is a folder"),
         (make_empty, "holds no text"),
         (make_parquet, "cannot read this"),

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 
 from gem_vllm.errors import GemError
 from gem_vllm.reference import ReferenceEmbedder
+from gem_vllm.training.held_out import HeldOutPairs
 from gem_vllm.training.options import TrainOptions
 from gem_vllm.training.run import train
 from tests.training.conftest import losses, train_until
@@ -63,6 +65,25 @@ def test_the_best_checkpoint_on_held_out_pairs_is_the_result(
     assert "--save-every 4" in card
 
 
+def test_the_best_checkpoint_is_the_result_of_a_run_that_was_moved(
+    options: TrainOptions, pairs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = dataclasses.replace(options, held_out_pairs=str(pairs))
+    scores = iter([0.1, 0.9, 0.5])
+    monkeypatch.setattr(HeldOutPairs, "spearman", lambda *_: next(scores))
+    with monkeypatch.context() as patch:
+        patch.setattr("gem_vllm.training.run._save", full_disk)
+        with pytest.raises(GemError, match="is full"):
+            train(options, progress=False)
+    moved = dataclasses.replace(options, out=options.out.with_name("moved"))
+    shutil.copytree(options.run_folder, moved.run_folder)
+    for each in (options, moved):  # the checkpoints where it was are gone by the second's turn
+        train(each, resume=True, progress=False)
+    adapters = [each.out / "gem_adapter" / "adapter_model.safetensors" for each in (options, moved)]
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()
+    assert "Spearman 0.9000 at step 4, the best of 3" in (moved.out / "README.md").read_text()
+
+
 def full_disk(*_: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -101,6 +122,9 @@ def test_a_run_that_no_longer_gets_better_stops(
         ("no json", "line 1: not a JSON object"),
         ('{"sentence1": "a", "sentence2": "b"}', "line 1: expected an object with sentence1"),
         ('{"sentence1": "a", "sentence2": "b", "score": "x"}', "line 1: .* score is a number"),
+        ('{"sentence1": "a", "sentence2": "b", "score": true}', "line 1: .* score is a number"),
+        ('{"sentence1": "a", "sentence2": "b", "score": NaN}', "line 1: .* score is a number"),
+        ('{"sentence1": "a", "sentence2": "b", "score": 1e999}', "line 1: .* score is a number"),
         ('{"sentence1": "a", "sentence2": "b", "score": 1}\n' * 2, "scores that differ"),
         ("", "scores that differ"),
     ],

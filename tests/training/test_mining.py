@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from gem_vllm.errors import GemError
 from gem_vllm.serving.vectors import vector_columns
 from gem_vllm.training.mining import MineOptions, mine
+from gem_vllm.training.pairs import PairSource
 
 COUNT, SIZE = 90, 8
 
@@ -75,6 +77,8 @@ def test_negatives_are_of_the_ranks_that_were_asked_for(
         ({"range_max": 90}, "holds 90 different texts; --range-max 90 needs more"),
         ({"text_column": "body"}, "has no column 'body'; embed with --keep body"),
         ({"vectors": Path("nowhere")}, "holds no Parquet files"),
+        ({"seed": -1}, "--seed must be from 0 to 4294967295"),
+        ({"seed": 2**32}, "--seed must be from 0 to 4294967295"),
     ],
 )
 def test_what_cannot_be_mined(
@@ -86,7 +90,78 @@ def test_what_cannot_be_mined(
     assert not (tmp_path / "out.jsonl").exists()
 
 
-def test_vectors_that_are_not_numbers_are_refused(vectors: Path, tmp_path: Path) -> None:
-    write(vectors, "a.parquet", range(5), np.ones((5, SIZE), dtype=np.float32), "binary")
-    with pytest.raises(GemError, match="no float32 or float16 vectors"):
+def test_what_is_there_is_not_overwritten(vectors: Path, tmp_path: Path) -> None:
+    file, folder = tmp_path / "mine.jsonl", tmp_path / "folder.jsonl"
+    file.write_text("mine")
+    folder.mkdir()
+    for out in (file, folder):
+        with pytest.raises(GemError, match="is there already; remove it, or choose another --out"):
+            MineOptions(vectors=vectors, out=out)
+    with pytest.raises(GemError, match=f"nothing can be written in {file}"):
+        MineOptions(vectors=vectors, out=file / "out.jsonl")
+    assert file.read_text() == "mine"
+
+
+def test_blank_texts_are_left_out(vectors: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    row = np.ones((2, SIZE), dtype=np.float32)
+    table = pa.table({"text": [" \n", ""], **vector_columns(list(row), "float32", SIZE)})
+    pq.write_table(table, vectors / "d.parquet")
+    assert mine(MineOptions(vectors=vectors, out=out), lambda *done: None) == COUNT
+    assert len(list(PairSource(out))) == COUNT
+
+
+def make_binary(file: Path) -> None:
+    write(file.parent, file.name, range(5), np.ones((5, SIZE), dtype=np.float32), "binary")
+
+
+def make_lists(file: Path) -> None:
+    lists = pa.array([[1.0, 0.0]], pa.list_(pa.float32()))
+    pq.write_table(pa.table({"text": ["a"], "embedding": lists}), file)
+
+
+def make_numbers(file: Path) -> None:
+    pq.write_table(pa.table({"text": ["a"], "embedding": [1.0]}), file)
+
+
+def make_another_size(file: Path) -> None:
+    columns = vector_columns([np.ones(4, dtype=np.float32)], "float32", 4)
+    pq.write_table(pa.table({"text": ["a"], **columns}), file)
+
+
+def make_texts_numbers(file: Path) -> None:
+    columns = vector_columns([np.ones(SIZE, dtype=np.float32)], "float32", SIZE)
+    pq.write_table(pa.table({"text": [1], **columns}), file)
+
+
+def make_damaged(file: Path) -> None:
+    """A page that is no page, behind a footer that is whole."""
+    write(file.parent, file.name, range(50), np.ones((50, SIZE), dtype=np.float32))
+    content = bytearray(file.read_bytes())
+    content[4:80] = b"\xff" * 76
+    file.write_bytes(content)
+
+
+def make_folder(file: Path) -> None:
+    file.mkdir()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (make_binary, "no float32 or float16 vectors"),
+        (make_lists, "no float32 or float16 vectors"),
+        (make_numbers, "no float32 or float16 vectors"),
+        (make_another_size, f"holds vectors of 4 numbers, and others {SIZE}"),
+        (make_texts_numbers, "column 'text' holds no texts but int64"),
+        (make_damaged, "cannot be read"),
+        (make_folder, "cannot be read"),
+    ],
+)
+def test_files_that_hold_something_else_are_refused(
+    make: Callable[[Path], None], message: str, vectors: Path, tmp_path: Path
+) -> None:
+    make(vectors / "d.parquet")
+    with pytest.raises(GemError, match=f"d.parquet.* {message}") as raised:
         mine(MineOptions(vectors=vectors, out=tmp_path / "out.jsonl"), lambda *done: None)
+    assert "\n" not in str(raised.value)

@@ -104,6 +104,7 @@ def test_the_first_texts_alone(options: QuestionOptions, fake: type[FakeWriter])
         ({"base": Path("nowhere")}, "nowhere is no model folder"),
         ({"out": Path("questions.txt")}, "name a .jsonl"),
         ({"texts": 0}, "--texts must be at least 1"),
+        ({"data": f"{'d' * 300}.txt"}, "does not exist"),
         ({"engine": {"max_modellen": 5}}, "--engine cannot set max_modellen"),
         ({"data": "missing.txt"}, "missing.txt does not exist"),
         ({"text_field": "text"}, "choose one by --text-field"),
@@ -115,6 +116,54 @@ def test_what_cannot_be_asked_about(
     with pytest.raises(GemError, match=message):
         write_questions(replace(options, **change), lambda done: None)
     assert not fake.calls
+
+
+def make_out(options: QuestionOptions) -> None:
+    options.out.parent.mkdir()
+    options.out.write_text("mine")
+
+
+def make_out_a_folder(options: QuestionOptions) -> None:
+    options.out.mkdir(parents=True)
+
+
+def make_parent_a_file(options: QuestionOptions) -> None:
+    options.out.parent.touch()
+
+
+def make_parts_a_file(options: QuestionOptions) -> None:
+    options.out.parent.mkdir()
+    options.parts_folder.touch()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (make_out, "is there already; remove it, or choose another --out"),
+        (make_out_a_folder, "is there already; remove it, or choose another --out"),
+        (make_parent_a_file, "nothing can be written in"),
+        (make_parts_a_file, "questions.jsonl.gz.parts holds something else"),
+    ],
+)
+def test_where_nothing_can_be_written_nothing_is_asked(
+    options: QuestionOptions,
+    fake: type[FakeWriter],
+    make: Callable[[QuestionOptions], None],
+    message: str,
+) -> None:
+    make(options)
+    with pytest.raises(GemError, match=message):
+        write_questions(options, lambda done: None)
+    assert not fake.calls
+
+
+def test_questions_are_not_written_into_the_base(
+    options: QuestionOptions, fake: type[FakeWriter]
+) -> None:
+    inside = replace(options, out=options.base / "questions.jsonl")
+    with pytest.raises(GemError, match=f"--out .* is in {options.base}, which is read"):
+        write_questions(inside, lambda done: None)
+    assert not inside.parts_folder.exists()
 
 
 def test_a_folder_of_something_else_is_left_alone(

@@ -203,6 +203,13 @@ def test_an_option_that_is_newer_than_a_run_had_its_default_there(options: Train
     assert dataclasses.replace(options, span_tokens=32).difference(recorded) == ["span_tokens"]
 
 
+def test_steps_of_a_schedule_that_has_none_do_not_differ(options: TrainOptions) -> None:
+    recorded = {**options.bound(), "alpha_steps": 100}
+    assert options.alpha_schedule == "constant"
+    assert options.difference(recorded) == []
+    assert "alpha_steps" in dataclasses.replace(options, alpha_schedule="linear").bound()
+
+
 def test_model_card(options: TrainOptions) -> None:
     train(options, progress=False)
     card = (options.out / "README.md").read_text()
@@ -243,6 +250,13 @@ def test_what_is_no_result_of_ours_is_never_overwritten(options: TrainOptions) -
     with pytest.raises(GemError, match="holds something else"):
         train(options, overwrite=True, progress=False)
     assert (options.out / "thesis.tex").exists()
+
+
+def test_a_run_is_not_kept_in_its_base(options: TrainOptions) -> None:
+    inside = dataclasses.replace(options, out=options.base / "gem")
+    with pytest.raises(GemError, match=f"--out .* is in {options.base}, which is read"):
+        train(inside, progress=False)
+    assert not inside.run_folder.exists()
 
 
 def test_options_are_recorded(options: TrainOptions) -> None:
