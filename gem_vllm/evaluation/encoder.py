@@ -64,7 +64,7 @@ class ServerEmbedder:
         ]
         return np.array([vector for part in parts for vector in part], dtype=np.float32)
 
-    def _post(self, texts: list[str]) -> list[list[float]]:
+    def _post(self, texts: list[str]) -> np.ndarray:
         request = {
             "model": self._model,
             "input": texts,
@@ -76,9 +76,28 @@ class ServerEmbedder:
         except httpx.HTTPError as error:
             raise GemError(f"--url {self._url} does not answer: {error}") from error
         if answer.is_error:
-            raise GemError(f"--url {self._url} answered {answer.status_code}: {answer.text[:300]}")
-        data = sorted(answer.json()["data"], key=lambda item: item["index"])
-        return [item["embedding"] for item in data]
+            raise GemError(f"--url {self._url} answered {answer.status_code}: {_start(answer)}")
+        try:
+            return _vectors(answer.json(), len(texts))
+        except (KeyError, TypeError, ValueError) as error:
+            raise GemError(
+                f"--url {self._url} answered {answer.status_code} without embeddings: "
+                f"{_start(answer)}; give the address of a server with /v1/embeddings"
+            ) from error
+
+
+def _vectors(answer: Any, count: int) -> np.ndarray:
+    """float32 [count, d] of a server's answer; KeyError, TypeError or ValueError for another."""
+    data = sorted(answer["data"], key=lambda item: item["index"])
+    vectors = np.array([item["embedding"] for item in data], dtype=np.float32)
+    if vectors.ndim != 2 or len(vectors) != count:
+        raise ValueError(f"{vectors.shape} numbers for {count} texts")
+    return vectors
+
+
+def _start(answer: httpx.Response) -> str:
+    """What an answer begins with, in one line."""
+    return " ".join(answer.text.split())[:300]
 
 
 def model_meta(name: str, revision: str, prompts: Mapping[str, str] | None) -> ModelMeta:

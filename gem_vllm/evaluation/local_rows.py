@@ -2,23 +2,65 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from gem_vllm.errors import GemError
-from gem_vllm.training.data import read_jsonl
+from gem_vllm.training.data import is_number, read_jsonl
 
 Row = dict[str, Any]
+# Of a field's values: whether one is right, and what it must be.
+Check = tuple[Callable[[Any], bool], str]
 
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and is_number(value)
+
+
+def _is_label(value: Any) -> bool:
+    return _is_text(value) or (is_number(value) and value == int(value))
+
+
+def _list_of(is_right: Callable[[Any], bool], *, least: int = 0) -> Callable[[Any], bool]:
+    return lambda value: (
+        isinstance(value, list) and len(value) >= least and all(map(is_right, value))
+    )
+
+
+_TEXT: Check = (_is_text, "a text")
+_TEXTS: Check = (_list_of(_is_text), "a list of texts")
+_SOME_TEXTS: Check = (_list_of(_is_text, least=1), "a list of texts, at least one")
 # By fields, in this order: the first kind all of whose fields a row has.
-FIELDS = {
-    "STS": ("sentence1", "sentence2", "score"),
-    "PairClassification": ("sentence1", "sentence2", "label"),
-    "Reranking": ("query", "positive", "negative"),
-    "Summarization": ("text", "human_summaries", "machine_summaries", "relevance"),
-    "Classification": ("text", "label"),
+FIELDS: dict[str, dict[str, Check]] = {
+    "STS": {"sentence1": _TEXT, "sentence2": _TEXT, "score": (is_number, "a number")},
+    "PairClassification": {
+        "sentence1": _TEXT,
+        "sentence2": _TEXT,
+        "label": (lambda value: is_number(value) and value in (0, 1), "0 or 1"),
+    },
+    "Reranking": {"query": _TEXT, "positive": _TEXTS, "negative": _TEXTS},
+    "Summarization": {
+        "text": _TEXT,
+        "human_summaries": _SOME_TEXTS,
+        "machine_summaries": _SOME_TEXTS,
+        "relevance": (_list_of(is_number), "a list of numbers"),
+    },
+    "Classification": {"text": _TEXT, "label": (_is_label, "a text or a whole number")},
+}
+# By file of a retrieval task.
+RETRIEVAL_FIELDS: dict[str, dict[str, Check]] = {
+    "corpus": {
+        "_id": _TEXT,
+        "title": (lambda value: value is None or _is_text(value), "a text"),
+        "text": _TEXT,
+    },
+    "queries": {"_id": _TEXT, "text": _TEXT},
+    "qrels": {"q": _TEXT, "d": _TEXT, "score": (_is_whole, "a whole number")},
 }
 
 
@@ -37,48 +79,34 @@ def read_rows(file: Path) -> list[Row]:
 def kind_of(file: Path, rows: list[Row]) -> str:
     """The kind of task that rows are of; GemError where they are of none."""
     for kind, fields in FIELDS.items():
-        if set(fields) <= rows[0].keys():
+        if fields.keys() <= rows[0].keys():
             check_rows(file, rows, fields)
             return kind
     known = "; ".join(", ".join(fields) for fields in FIELDS.values())
     raise GemError(f"{file}: a task's rows have one of these sets of fields: {known}")
 
 
-def check_rows(file: Path, rows: list[Row], fields: Sequence[str]) -> None:
+def check_rows(file: Path, rows: list[Row], fields: Mapping[str, Check]) -> None:
     """GemError for a row that lacks a field, or has a value there that is none of its kind."""
     for number, row in enumerate(rows, start=1):
-        if lacks := set(fields) - row.keys():
+        if lacks := fields.keys() - row.keys():
             raise GemError(f"{file}, row {number}: lacks {', '.join(sorted(lacks))}")
-        for field in fields:
-            if field in _VALUES:
-                is_right, what = _VALUES[field]
-                if not is_right(row[field]):
-                    raise GemError(f"{file}, row {number}: {field} must be {what}")
+        for field, (is_right, what) in fields.items():
+            if not is_right(row[field]):
+                raise GemError(f"{file}, row {number}: {field} must be {what}")
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
+def check_relevance(file: Path, rows: list[Row]) -> None:
+    """GemError for a row that has not as many scores as summaries to be scored."""
+    for number, row in enumerate(rows, start=1):
+        if len(row["relevance"]) != len(row["machine_summaries"]):
+            raise GemError(
+                f"{file}, row {number}: relevance must be as many numbers as machine_summaries "
+                "has texts"
+            )
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _is_label(value: Any) -> bool:
-    return _is_text(value) or _is_number(value)
-
-
-def _list_of(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, list) and all(map(is_right, value))
-
-
-_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(("sentence1", "sentence2", "text", "query"), (_is_text, "a text")),
-    **dict.fromkeys(
-        ("positive", "negative", "human_summaries", "machine_summaries"),
-        (_list_of(_is_text), "a list of texts"),
-    ),
-    "score": (_is_number, "a number"),
-    "relevance": (_list_of(_is_number), "a list of numbers"),
-    "label": (_is_label, "a text or a number"),
-}
+def check_labels(folder: Path, rows: list[Row]) -> None:
+    """GemError where some labels of a task are texts, and others numbers."""
+    if len({_is_text(row["label"]) for row in rows}) > 1:
+        raise GemError(f"{folder}: some labels are texts, and others numbers; make them all texts")

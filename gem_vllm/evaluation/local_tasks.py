@@ -13,12 +13,13 @@ A folder with one of these is a task; its name is the folder's:
 | Retrieval | corpus, queries, qrels_SPLIT | _id, title, text; _id, text; q, d, score |
 
 Files are .jsonl or .jsonl.gz, named by their split; of several, test is used, else dev, else the
-first that is not train.
+first that is not train. Labels are texts or whole numbers, ids are texts; a score of retrieval is a
+whole number, over 0 for what is relevant.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,16 @@ from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.abstasks.text.summarization import AbsTaskSummarization
 
 from gem_vllm.errors import GemError
-from gem_vllm.evaluation.local_rows import FIELDS, Row, check_rows, kind_of, read_rows
+from gem_vllm.evaluation.local_rows import (
+    FIELDS,
+    RETRIEVAL_FIELDS,
+    Row,
+    check_labels,
+    check_relevance,
+    check_rows,
+    kind_of,
+    read_rows,
+)
 from gem_vllm.folders import content_sha256
 from gem_vllm.training.data import is_jsonl
 
@@ -79,6 +89,8 @@ def local_task(folder: Path, limit: int | None = None) -> AbsTask:
         raise GemError(f"{folder}: classification needs another split beside train")
     if kind == "Reranking":
         rows = _with_both(files[split], rows)
+    if kind == "Summarization":
+        check_relevance(files[split], rows)
     rows = _spread(rows, limit)
     if kind == "Reranking":
         return _make(AbsTaskRetrieval, kind, folder, split, {split: _reranking(rows)})
@@ -91,6 +103,8 @@ def _sts(folder: Path, split: str, rows: list[Row], files: dict[str, Path]) -> A
 
 
 def _pairs(folder: Path, split: str, rows: list[Row], files: dict[str, Path]) -> AbsTask:
+    if len(rows) == 1:  # which mteb takes for all rows in one
+        raise GemError(f"{folder}: needs two pairs at least; give more, or a greater --limit")
     data = {split: _dataset(rows, FIELDS["PairClassification"])}
     columns = {
         "input1_column_name": "sentence1",
@@ -103,6 +117,9 @@ def _pairs(folder: Path, split: str, rows: list[Row], files: dict[str, Path]) ->
 def _classification(folder: Path, split: str, rows: list[Row], files: dict[str, Path]) -> AbsTask:
     train = read_rows(files["train"])
     check_rows(files["train"], train, FIELDS["Classification"])
+    check_labels(folder, [*train, *rows])
+    if len({row["label"] for row in train}) == 1:
+        raise GemError(f"{files['train']}: has one label alone; classification needs two at least")
     data = {
         "train": _dataset(train, FIELDS["Classification"]),
         split: _dataset(rows, FIELDS["Classification"]),
@@ -112,6 +129,7 @@ def _classification(folder: Path, split: str, rows: list[Row], files: dict[str, 
 
 def _clustering(folder: Path, split: str, rows: list[Row], files: dict[str, Path]) -> AbsTask:
     """One set of all texts, as mteb's clustering tasks of its first version have several."""
+    check_labels(folder, rows)
     whole = {
         "sentences": [[row["text"] for row in rows]],
         "labels": [[row["label"] for row in rows]],
@@ -177,21 +195,23 @@ def _retrieval(folder: Path, files: dict[str, Path], limit: int | None) -> AbsTa
         raise GemError(f"{folder}: retrieval needs queries and qrels_SPLIT beside corpus")
     split = _split(judged)
     found = {}
-    for name, fields in (
-        ("corpus", ("_id", "text")),
-        ("queries", ("_id", "text")),
-        (judged[split], ("q", "d", "score")),
-    ):
-        found[name] = read_rows(files[name])
-        check_rows(files[name], found[name], fields)
+    for name, fields in RETRIEVAL_FIELDS.items():
+        file = files[judged[split] if name == "qrels" else name]
+        found[name] = [{"title": None, **row} for row in read_rows(file)]  # it may be lacking
+        check_rows(file, found[name], fields)
     relevant: dict[str, dict[str, int]] = {}
-    for row in found[judged[split]]:
+    for row in found["qrels"]:
         relevant.setdefault(row["q"], {})[row["d"]] = row["score"]
     queries = [row for row in found["queries"] if any(relevant.get(row["_id"], {}).values())]
+    if not queries:
+        raise GemError(
+            f"{files[judged[split]]}: no row with a score over 0 is of a query in "
+            f"{files['queries'].name}"
+        )
     queries = _spread(queries, limit)
     data = _split_data(
         [
-            {"id": row["_id"], "title": row.get("title") or "", "text": row["text"]}
+            {"id": row["_id"], "title": row["title"] or "", "text": row["text"]}
             for row in found["corpus"]
         ],
         [{"id": row["_id"], "text": row["text"]} for row in queries],
@@ -251,7 +271,7 @@ def _split(files: dict[str, Any]) -> str:
     return next(iter([*[n for n in preferred if n != "train"], *others, *preferred]))
 
 
-def _dataset(rows: list[Row], fields: Sequence[str]) -> Dataset:
+def _dataset(rows: list[Row], fields: Iterable[str]) -> Dataset:
     return Dataset.from_dict({field: [row[field] for row in rows] for field in fields})
 
 

@@ -77,17 +77,16 @@ class Measurements:
 
     def checkpoint(self, revision: str) -> Column:
         """The GEM checkpoint, both of its tasks on one engine; ``revision`` is of its contents."""
-        model = self._options.model
-        name = Path(model).name
+        name = self._options.model_name
         column = Column("gem", name, {}, {})
-        with self._lazy_engine(model) as engine:
+        with self._lazy_engine(self._options.model) as engine:
             self._embed(column, lambda: EngineEmbedder(engine()), name, revision)
             self._speak(column, engine, f"{name}-{revision}")
         return column
 
     def server(self, server: Embedder) -> Column:
         """The embeddings of a server."""
-        name = Path(self._options.model).name
+        name = self._options.model_name
         column = Column("gem", name, {}, {})
         self._report(f"{name}: embeddings from {self._options.url}")
         self._embed(column, lambda: server, name, "served")
@@ -138,7 +137,7 @@ class Measurements:
         def engine() -> Any:
             if not started:
                 self._fetch()
-                self._report(f"{Path(model).name}: starting vLLM")
+                self._report(f"{Path(model).resolve().name}: starting vLLM")
                 from vllm import LLM
 
                 with environment(serve_environment(engine_workers(self._options.engine))):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,11 @@ class EvaluateOptions:
     limit: int | None = None
     prompts: dict[str, str] = field(default_factory=dict)
     engine: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def model_name(self) -> str:
+        """The model's in results: its folder's name, or the last part of its name at ``url``."""
+        return (Path(self.model) if self.url else Path(self.model).resolve()).name
 
     def check(self) -> None:
         """Raise GemError for what cannot be evaluated."""
@@ -116,13 +122,10 @@ def read_prompts(text: str | None) -> dict[str, str]:
     """The prompts of ``--prompts``: a JSON object, or a file of one."""
     if text is None:
         return {}
-    path = Path(text)
-    source = (
-        path.read_text(encoding="utf-8") if not text.startswith("{") and path.is_file() else text
-    )
     try:
-        prompts = json.loads(source)
-    except ValueError as error:
+        is_json = text.lstrip().startswith("{") or not os.path.isfile(text)
+        prompts = json.loads(text if is_json else Path(text).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise GemError(f"--prompts is neither a file nor JSON ({error})") from error
     if not isinstance(prompts, dict) or not all(isinstance(v, str) for v in prompts.values()):
         raise GemError('--prompts wants texts by name, such as {"Retrieval-query": "Question: "}')

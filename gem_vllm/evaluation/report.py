@@ -13,7 +13,7 @@ from mteb.abstasks import AbsTask
 from gem_vllm.compat import installed_vllm
 from gem_vllm.evaluation.language_tasks import macro_accuracy, mmlu_shots
 from gem_vllm.evaluation.options import EvaluateOptions
-from gem_vllm.folders import write_json
+from gem_vllm.folders import read_json, write_json
 from gem_vllm.machine import cpu_name, has_cuda
 from gem_vllm.training.model_card import source_commit
 
@@ -55,25 +55,43 @@ class Column:
 
 
 def write_report(options: EvaluateOptions, tasks: list[AbsTask], columns: list[Column]) -> None:
-    """Write ``results.json``, ``results.md`` and ``results.png`` into the evaluation's folder."""
-    about = _about(options)
+    """Write ``results.json``, ``results.md`` and ``results.png`` into the evaluation's folder.
+
+    What an earlier call reported there stays in them, beside the tasks and columns of this one.
+    """
+    file = options.out / "results.json"
+    before = read_json(file) if file.is_file() else {}
+    titles = before.get("titles", {}) | {column.key: column.title for column in columns}
+    language = before.get("language", {})
     result = {
-        "about": about,
-        "embedding": {
-            task.metadata.name: {
-                "type": task.metadata.type,
-                "metric": task.metadata.main_score,
-                "split": task.eval_splits[0],
-                **{column.key: column.embedding[task.metadata.name] for column in columns},
-            }
-            for task in tasks
+        "about": before.get("about", {}) | _about(options),
+        "titles": dict(sorted(titles.items())),  # the base's before its checkpoint's
+        "embedding": before.get("embedding", {})
+        | {task.metadata.name: _entry(task, columns, before) for task in tasks},
+        "language": language
+        | {
+            column.key: language.get(column.key, {}) | column.language_scores()
+            for column in columns
         },
-        "language": {column.key: column.language_scores() for column in columns},
     }
-    write_json(options.out / "results.json", result)
-    (options.out / "results.md").write_text(_markdown(result, columns), encoding="utf-8")
-    if tasks:
-        _plot(options.out / "results.png", result, columns)
+    write_json(file, result)
+    (options.out / "results.md").write_text(_markdown(result), encoding="utf-8")
+    if result["embedding"]:
+        _plot(options.out / "results.png", result)
+
+
+def _entry(task: AbsTask, columns: list[Column], before: dict[str, Any]) -> dict[str, Any]:
+    """A task's scores, with those that are of the same data in an earlier report."""
+    name, revision = task.metadata.name, task.metadata.revision
+    known = before.get("embedding", {}).get(name, {})
+    return {
+        **(known if known.get("revision") == revision else {}),
+        "type": task.metadata.type,
+        "metric": task.metadata.main_score,
+        "split": task.eval_splits[0],
+        "revision": revision,
+        **{column.key: column.embedding[name] for column in columns},
+    }
 
 
 def _about(options: EvaluateOptions) -> dict[str, str]:
@@ -83,7 +101,7 @@ def _about(options: EvaluateOptions) -> dict[str, str]:
     # A server's own are not known.
     whose = "client's " if options.url else ""
     about = {
-        "model": Path(options.model).name + (" (served)" if options.url else ""),
+        "model": options.model_name + (" (served)" if options.url else ""),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         f"{whose}hardware": _hardware(),
         **({} if options.url else {"engine": str(options.engine_options())}),
@@ -103,8 +121,8 @@ def _hardware() -> str:
     return torch.cuda.get_device_name() if has_cuda() else cpu_name()
 
 
-def _markdown(result: dict[str, Any], columns: list[Column]) -> str:
-    titles = [column.title for column in columns]
+def _markdown(result: dict[str, Any]) -> str:
+    keys, titles = list(result["titles"]), list(result["titles"].values())
     lines = ["# Evaluation", ""]
     if limit := result["about"].get("limit"):
         lines += [f"**Not a result to quote: {limit}.**", ""]
@@ -112,16 +130,17 @@ def _markdown(result: dict[str, Any], columns: list[Column]) -> str:
         lines += _row(["task", "metric", *titles, *(["gain"] if len(titles) > 1 else [])])
         lines += _row(["---"] * (2 + len(titles) + (len(titles) > 1)))
         for name, entry in result["embedding"].items():
-            scores = [entry[column.key] for column in columns]
-            gain = [f"{scores[-1] - scores[0]:+.4f}"] if len(titles) > 1 else []
-            metric = f"{entry['metric']} ({entry['split']})"
-            lines += _row([name, metric, *(f"{score:.4f}" for score in scores), *gain])
+            cells = [f"{entry[key]:.4f}" if key in entry else "" for key in keys]
+            if len(keys) > 1:
+                both = set(keys) <= entry.keys()
+                cells.append(f"{entry['gem'] - entry['base']:+.4f}" if both else "")
+            lines += _row([name, f"{entry['metric']} ({entry['split']})", *cells])
         lines.append("")
-    names = next((list(scores) for scores in result["language"].values() if scores), [])
+    names = list(dict.fromkeys(name for of in result["language"].values() for name in of))
     if names:
         lines += _row(["as an LLM", *titles]) + _row(["---"] * (1 + len(titles)))
         for name in names:
-            found = [result["language"][column.key].get(name) for column in columns]
+            found = [result["language"].get(key, {}).get(name) for key in keys]
             lines += _row([name, *("" if pair is None else _figure(*pair) for pair in found)])
         lines.append("")
     lines += _row(["", ""]) + _row(["---", "---"])
@@ -140,30 +159,34 @@ def _row(cells: list[str]) -> list[str]:
     return ["| " + " | ".join(cells) + " |"]
 
 
-def _plot(file: Path, result: dict[str, Any], columns: list[Column]) -> None:
+def _plot(file: Path, result: dict[str, Any]) -> None:
     """Bars by task, one for each column."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    names = list(result["embedding"])
+    names, entries = list(result["embedding"]), list(result["embedding"].values())
     figure, axes = pyplot.subplots(figsize=(8, 0.6 + 0.55 * len(names)))
-    height = 0.8 / len(columns)
-    for number, column in enumerate(columns):
-        places = [place + (number + 0.5) * height - 0.4 for place in range(len(names))]
-        bars = axes.barh(places, [column.embedding[n] for n in names], height, label=column.title)
+    height = 0.8 / len(result["titles"])
+    lowest = 0.0
+    for number, (key, title) in enumerate(result["titles"].items()):
+        scores = {place: entry[key] for place, entry in enumerate(entries) if key in entry}
+        places = [place + (number + 0.5) * height - 0.4 for place in scores]
+        bars = axes.barh(places, list(scores.values()), height, label=title)
         axes.bar_label(bars, fmt="%.3f", padding=2, fontsize=8)
-    labels = [f"{name}\n{result['embedding'][name]['metric']}" for name in names]
+        lowest = min([lowest, *scores.values()])
+    labels = [f"{name}\n{entry['metric']}" for name, entry in zip(names, entries, strict=True)]
     axes.set_yticks(range(len(names)), labels, fontsize=8)
     axes.invert_yaxis()
-    lowest = min(score for column in columns for score in column.embedding.values())
     # Room for the figures; a score may be below 0.
     axes.set_xlim(lowest - 0.1 if lowest < 0 else 0, 1.1)
     if limit := result["about"].get("limit"):
         axes.set_title(limit, fontsize=9)
     figure.tight_layout()
     # Below the bars, where it hides none of them.
-    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=len(columns))
+    axes.legend(
+        fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=len(result["titles"])
+    )
     figure.savefig(file, dpi=120, bbox_inches="tight")
     pyplot.close(figure)

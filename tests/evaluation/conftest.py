@@ -11,6 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gem_vllm.evaluation import run
+from gem_vllm.evaluation.options import EvaluateOptions
+
 TOPICS = ("river", "bread", "moon", "library")
 MMLU_ROWS = 3
 
@@ -132,6 +135,19 @@ def articles(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "kilograms . \n \n = Bread = \n \n Flour , water and salt . \n"
     )
     return file
+
+
+@pytest.fixture
+def served(tasks_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EvaluateOptions:
+    """An evaluation of a server, whose vectors are `TopicEmbedder`'s."""
+    monkeypatch.setattr(run, "ServerEmbedder", lambda *args: TopicEmbedder())
+    return EvaluateOptions(
+        out=tmp_path / "out",
+        model="gem",
+        url="http://localhost:1",
+        local=tasks_folder,
+        tasks=("Sts",),
+    )
 
 
 @pytest.fixture

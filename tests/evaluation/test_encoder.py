@@ -6,13 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx
 import numpy as np
+import pytest
 import torch
 from mteb.models import EncoderProtocol
 from mteb.types import PromptType
 
 from gem_vllm.checkpoint import load_base
-from gem_vllm.evaluation.encoder import GemEncoder
+from gem_vllm.errors import GemError
+from gem_vllm.evaluation.encoder import GemEncoder, ServerEmbedder
 from gem_vllm.evaluation.mean_pooling import MeanEmbedder
 from tests.evaluation.conftest import TopicEmbedder
 
@@ -54,6 +57,36 @@ def test_prompts_go_before_texts_by_kind(topic_embedder: TopicEmbedder) -> None:
 def test_an_empty_text_does_not_stop_a_benchmark(topic_embedder: TopicEmbedder) -> None:
     encode(GemEncoder(topic_embedder, "topics", "1"), [["", "moon"]])
     assert topic_embedder.calls == [[" ", "moon"]]
+
+
+@pytest.mark.parametrize(
+    ("status", "answer", "message"),
+    [
+        (200, "<html>\n<p>Welcome</p>\n</html>", "answered 200 without embeddings: <html> <p>Wel"),
+        (200, '{"object": "ok"}', "answered 200 without embeddings: {.*}; give the address of"),
+        (200, '["data"]', ".* without embeddings"),
+        (200, '{"data": []}', ".* without embeddings"),
+        (200, '{"data": [{"index": 0, "embedding": null}]}', ".* without embeddings"),
+        (200, '{"data": [{"index": 0, "embedding": "AAAA"}]}', ".* without embeddings"),
+        (502, "<html>\nBad gateway</html>", "answered 502: <html> Bad gateway</html>"),
+    ],
+)
+def test_what_is_no_embedding_server_is_told_in_a_line(
+    status: int, answer: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    response = httpx.Response(status, text=answer)
+    monkeypatch.setattr(httpx.Client, "post", lambda *args, **kwargs: response)
+    with pytest.raises(GemError, match=f"--url http://localhost:1 {message}") as raised:
+        ServerEmbedder("http://localhost:1", "gem").embed(["a"])
+    assert "\n" not in str(raised.value)
+
+
+def test_a_servers_vectors_are_in_the_order_of_the_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = [{"index": 1, "embedding": [0.0, 1.0]}, {"index": 0, "embedding": [1.0, 0.0]}]
+    response = httpx.Response(200, json={"data": data})
+    monkeypatch.setattr(httpx.Client, "post", lambda *args, **kwargs: response)
+    found = ServerEmbedder("http://localhost:1", "gem").embed(["a", "b"])
+    assert (found.dtype, found.tolist()) == (np.float32, [[1.0, 0.0], [0.0, 1.0]])
 
 
 def test_mean_pooling_in_batches_is_that_of_each_text_alone(

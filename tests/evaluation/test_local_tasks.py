@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import mteb
 import pytest
@@ -72,6 +73,32 @@ def test_the_revision_is_of_the_data(tmp_path: Path) -> None:
     assert len(revisions) == 2
 
 
+def retrieval(**changes: Any) -> dict:
+    """Files of one query, with some values changed in corpus and qrels."""
+    files = {
+        "corpus.jsonl": {"_id": "1", "title": "moon", "text": "a"},
+        "queries.jsonl": {"_id": "1", "text": "a"},
+        "qrels_test.jsonl": {"q": "1", "d": "1", "score": 1},
+    }
+    for row in (files["corpus.jsonl"], files["qrels_test.jsonl"]):
+        row |= {name: value for name, value in changes.items() if name in row}
+    return {name: [row] for name, row in files.items()}
+
+
+def summaries(**changes: Any) -> dict:
+    row = {"text": "a", "human_summaries": ["a"], "machine_summaries": ["a", "b"]}
+    return {"test.jsonl": [{**row, "relevance": [1.0, 2.0], **changes}]}
+
+
+def classification(train: list[Any], test: list[Any]) -> dict:
+    labels = {"train.jsonl": train, "test.jsonl": test}
+    return {name: [{"text": "a", "label": each} for each in some] for name, some in labels.items()}
+
+
+def pairs(*labels: Any) -> dict:
+    return {"test.jsonl": [{"sentence1": "a", "sentence2": "b", "label": each} for each in labels]}
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
@@ -96,6 +123,27 @@ def test_the_revision_is_of_the_data(tmp_path: Path) -> None:
         ),
         ({"train.jsonl": [{"text": "a", "label": 1}]}, "another split beside train"),
         ({"corpus.jsonl": [{"_id": "1", "text": "a"}]}, "needs queries and qrels_SPLIT"),
+        (retrieval(_id=1), "corpus.jsonl, row 1: _id must be a text"),
+        (retrieval(title=1), "corpus.jsonl, row 1: title must be a text"),
+        (retrieval(q=1), "qrels_test.jsonl, row 1: q must be a text"),
+        (retrieval(d=1), "qrels_test.jsonl, row 1: d must be a text"),
+        (retrieval(score=1.0), "qrels_test.jsonl, row 1: score must be a whole number"),
+        (retrieval(q="9"), "no row with a score over 0 is of a query in queries.jsonl"),
+        (retrieval(score=0), "no row with a score over 0 is of a query in queries.jsonl"),
+        (summaries(relevance=[1.0]), "row 1: relevance must be as many numbers as machine_summ"),
+        (summaries(machine_summaries=[]), "row 1: machine_summaries must be .* at least one"),
+        (summaries(human_summaries=[]), "row 1: human_summaries must be .* at least one"),
+        (classification([1, 1], [1, 2]), "train.jsonl: has one label alone"),
+        (classification([1, "a"], [1]), "some labels are texts, and others numbers"),
+        (classification([1, 2], ["a"]), "some labels are texts, and others numbers"),
+        (classification([1, 1.5], [1]), "train.jsonl, row 2: label must be a text or a whole"),
+        (
+            {"test.jsonl": [{"text": "a", "label": 1}, {"text": "b", "label": "b"}]},
+            "some labels are texts, and others numbers",
+        ),
+        (pairs(0, 2), "row 2: label must be 0 or 1"),
+        (pairs("0"), "row 1: label must be 0 or 1"),
+        (pairs(1), "needs two pairs at least"),
     ],
 )
 def test_bad_files_are_refused(files: dict, message: str, tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from mteb.mocks.mock_tasks.sts import MockMultilingualSTSTask
 from gem_vllm import cli
 from gem_vllm.errors import GemError
 from gem_vllm.evaluation import measurements
-from gem_vllm.evaluation import run as run_module
 from gem_vllm.evaluation.options import EvaluateOptions, read_prompts
 from gem_vllm.evaluation.run import evaluate
 from tests.evaluation.conftest import TopicEmbedder
@@ -190,21 +189,6 @@ def test_data_that_cannot_be_loaded_stop_it_before_anything_is_started(
         evaluate(replace(options, out=tmp_path / "hub", mmlu="hub"))
 
 
-@pytest.fixture
-def served(
-    options: EvaluateOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> EvaluateOptions:
-    """An evaluation of a server, whose vectors are `TopicEmbedder`'s."""
-    monkeypatch.setattr(run_module, "ServerEmbedder", lambda *args: TopicEmbedder())
-    return EvaluateOptions(
-        out=tmp_path / "out",
-        model="gem",
-        url="http://localhost:1",
-        local=options.local,
-        tasks=("Sts",),
-    )
-
-
 def test_a_task_of_several_parts_goes_on_with_those_that_are_missing(
     served: EvaluateOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -275,6 +259,10 @@ def test_prompts_are_json_or_a_file(tmp_path: Path) -> None:
     text = '{"Retrieval-query": "Q: "}'
     (tmp_path / "prompts.json").write_text(text)
     assert read_prompts(text) == read_prompts(str(tmp_path / "prompts.json"))
-    for bad in ("{", "[1]", '{"query": 1}', "no-such-file"):
+    long = {"query": "Q" * 300}
+    assert read_prompts(f" {json.dumps(long)}") == long
+    (tmp_path / "latin.json").write_bytes(b'{"query": "caf\xe9: "}')
+    bad_ones = ("{", "[1]", '{"query": 1}', "no-such-file", "n" * 300, str(tmp_path / "latin.json"))
+    for bad in bad_ones:
         with pytest.raises(GemError, match="--prompts"):
             read_prompts(bad)
