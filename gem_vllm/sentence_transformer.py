@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from sentence_transformers.base.modules import InputModule
 
-from gem_vllm.checkpoint import load_checkpoint
+from gem_vllm.checkpoint import ADAPTER_FOLDER, load_checkpoint
 from gem_vllm.config import GemConfig, special_token
 from gem_vllm.errors import GemError
 from gem_vllm.folders import write_json, written_whole
@@ -81,7 +81,7 @@ class GemModule(InputModule):
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
         """Copy the checkpoint's files, unless they are there."""
         if Path(output_path).resolve() != self.folder.resolve():
-            shutil.copytree(self.folder, output_path, dirs_exist_ok=True, ignore=_own_files)
+            shutil.copytree(self.folder, output_path, dirs_exist_ok=True, ignore=_no_part)
 
     @classmethod
     def load(cls, model_name_or_path: str, subfolder: str = "", **kwargs: Any) -> GemModule:
@@ -107,9 +107,14 @@ class GemModule(InputModule):
         return cls(folder / subfolder, dtype=dtype)
 
 
-def _own_files(folder: str, names: list[str]) -> list[str]:
-    """What sentence-transformers writes itself."""
-    return [name for name in names if name in (MODULES_FILE, CONFIG_FILE)]
+def _no_part(folder: str, names: list[str]) -> list[str]:
+    """What is no part of a checkpoint: what sentence-transformers writes itself, and folders."""
+    return [
+        name
+        for name in names
+        if name in (MODULES_FILE, CONFIG_FILE)
+        or (name != ADAPTER_FOLDER and (Path(folder) / name).is_dir())
+    ]
 
 
 def export(checkpoint: Path, out: Path) -> None:
@@ -127,7 +132,7 @@ def export(checkpoint: Path, out: Path) -> None:
     kind = GemModule
     module = {"idx": 0, "name": "0", "path": "", "type": f"{kind.__module__}.{kind.__name__}"}
     with written_whole(out, weight_bytes=weights_size(checkpoint)) as folder:
-        shutil.copytree(checkpoint, folder, dirs_exist_ok=True, ignore=_own_files)
+        shutil.copytree(checkpoint, folder, dirs_exist_ok=True, ignore=_no_part)
         modules = json.dumps([module], indent=2)
         (folder / MODULES_FILE).write_text(modules + "\n", encoding="utf-8")
         write_json(

@@ -46,6 +46,7 @@ def main() -> None:
     build = arguments.build or ("cuda" if has_nvidia_gpu() else "cpu")
     extras = [*DEFAULT_EXTRAS, *arguments.extra]
     project = read_project()
+    check_extras(project, arguments.extra)
     environment = Environment(ROOT / ".venv")
     if arguments.vllm:
         environment = Environment(ROOT / f".venv-vllm-{arguments.vllm}")
@@ -220,11 +221,16 @@ def write_vllm_metadata(environment: Environment, version: str) -> None:
     (folder / "RECORD").write_text("".join(f"{folder.name}/{name},,\n" for name in names))
 
 
-def requirements(project: dict, extras: list[str]) -> list[str]:
-    """The requirements of the build, of the project, and of its extras."""
+def check_extras(project: dict, extras: list[str]) -> None:
+    """Stop where the project has no such extra."""
     optional = project["project"]["optional-dependencies"]
     if unknown := [extra for extra in extras if extra not in optional]:
         fail(f"no extra {unknown[0]!r} in pyproject.toml; there are: {', '.join(optional)}")
+
+
+def requirements(project: dict, extras: list[str]) -> list[str]:
+    """The requirements of the build, of the project, and of its extras."""
+    optional = project["project"]["optional-dependencies"]
     return [
         *project["build-system"]["requires"],
         *project["project"]["dependencies"],

@@ -40,13 +40,18 @@ def load_task(file: Path, *, passages: int, queries: int) -> RetrievalTask:
     The sentence is the longest one behind the passage's first, which often names the subject.
     Raises GemError where the file has too few lines.
     """
-    if not file.is_file():
-        raise GemError(f"{file} does not exist; run from the repository's root, or pass --examples")
-    texts = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    texts = read_texts(file)
     if len(texts) < passages:
         raise GemError(f"{file} has {len(texts)} passages; {passages} are needed")
     texts = texts[:passages]
     return RetrievalTask(texts, [_query_of(text) for text in texts[:queries]])
+
+
+def read_texts(file: Path) -> list[str]:
+    """The lines of ``file`` that are not blank; GemError where there is no such file."""
+    if not file.is_file():
+        raise GemError(f"{file} does not exist; run from the repository's root, or pass --examples")
+    return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def _query_of(passage: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import math
 import os
 import shutil
 import sys
@@ -28,6 +29,7 @@ from gem_vllm.demo.retrieval import (
     embed_with_base,
     load_task,
     nearest,
+    read_texts,
     score,
 )
 from gem_vllm.demo.server import CONTEXT_TOKENS, serve
@@ -90,13 +92,9 @@ def run_demo(options: DemoOptions, console: Console) -> None:
     # spinning do not stand in the way of another program's.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     check_vllm_version()
-    if not options.train_minutes > 0:
-        raise GemError("--train-minutes must be greater than 0")
-    if not options.train_file.is_file():
-        raise GemError(
-            f"{options.train_file} does not exist; run from the repository's root, "
-            "or pass --examples"
-        )
+    if not 0 < options.train_minutes < math.inf:
+        raise GemError("--train-minutes must be greater than 0, and finite")
+    background = read_texts(options.train_file)
     task = load_task(
         options.examples / "wikipedia_held_back.txt", passages=PASSAGES, queries=QUERIES
     )
@@ -115,7 +113,6 @@ def run_demo(options: DemoOptions, console: Console) -> None:
 
             with serve(options.checkpoint, log, on_wait) as url:
                 status.stop()
-                background = options.train_file.read_text(encoding="utf-8").splitlines()
                 asyncio.run(_use_server(url, task, background, report, console))
     report.minutes = (time.monotonic() - started) / 60
     console.print(table(report))
@@ -129,7 +126,7 @@ def steps_for(minutes: float, tokens_per_second: float) -> int:
     """
     step_tokens = BATCH_SIZE * TRAIN_TOKENS * (2 - DROP_RATE)
     steps = minutes * 60 * tokens_per_second / (STEP_COST * step_tokens)
-    return min(max(round(steps), STEPS_AT_LEAST), STEPS_AT_MOST)
+    return round(min(max(steps, STEPS_AT_LEAST), STEPS_AT_MOST))
 
 
 def _remove_last_run(out: Path) -> None:

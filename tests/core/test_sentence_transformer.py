@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -100,6 +101,17 @@ def test_texts_that_the_engine_refuses_are_refused(
         model.encode(["what is <|gem_1|>"])
     with pytest.raises(GemError, match="empty"):
         model.encode([""])
+
+
+def test_folders_that_are_no_part_of_a_checkpoint_are_left_behind(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    checkpoint = shutil.copytree(tiny_checkpoint("llama"), tmp_path / "gem")
+    (checkpoint / ".cache" / "huggingface").mkdir(parents=True)
+    for _ in range(2):
+        export(checkpoint, tmp_path / "st")
+    found = {path.name for path in (tmp_path / "st").iterdir() if path.is_dir()}
+    assert found == {"gem_adapter"}
 
 
 def test_other_folders_are_refused(tiny_base: Callable[..., Path], tmp_path: Path) -> None:

