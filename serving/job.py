@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import ray
 
+from gem_vllm.compat import installed_vllm
 from gem_vllm.errors import GemError
 from gem_vllm.folders import content_sha256
 from gem_vllm.machine import check_engine_options
@@ -56,7 +57,8 @@ def run_embed_job(
     """
     options.check()
     replicas.check()
-    check_engine_options(replicas.engine)
+    if installed_vllm() is not None:  # A cluster may have it where this machine has not.
+        check_engine_options(replicas.engine)
     files = list_files(options.input)
     types = column_types(files, options.columns())
     output = OutputFolder(options.output)

@@ -13,12 +13,12 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 @contextmanager
-def held(path: Path) -> Iterator[bool]:
+def held(path: Path) -> Iterator[bool | None]:
     """Hold the file ``path``, which is made where it is missing; however the process ends, let go.
 
     Yields:
-        Whether it is this process's: False while another one holds it. True also where the file
-        system has no locks.
+        Whether it is this process's: False while another one holds it, None where the file system
+        has no locks.
 
     Raises:
         OSError: the file cannot be made or opened.
@@ -30,6 +30,6 @@ def held(path: Path) -> Iterator[bool]:
         except OSError as error:
             if error.errno not in (errno.EWOULDBLOCK, *NO_LOCKS):
                 raise
-            yield error.errno in NO_LOCKS
+            yield None if error.errno in NO_LOCKS else False
         else:
             yield True

@@ -130,13 +130,13 @@ class OutputFolder:
             if is_new:
                 self._refuse_foreign()
         plan = make() if is_new else None
-        with self._alone():
+        with self._alone() as is_certain:
             if plan is not None:
                 self._create_plan(plan)
             # Read in any case: another job may have been first.
             found = self.read_json(PLAN)
             other = "; ".join(differences(going_on(found["bound"], bound), bound))
-            if other and self._has_plan_alone():
+            if other and is_certain and self._has_plan_alone():
                 # As of a job whose engine refused an option: nothing is lost with it.
                 found = asdict(make() if plan is None else plan)
                 self.write_json(PLAN, found)
@@ -154,19 +154,24 @@ class OutputFolder:
             )
 
     @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Hold a local folder; GemError where another job does."""
+    def _alone(self) -> Iterator[bool]:
+        """Hold a local folder; GemError where another job does.
+
+        Yields:
+            Whether it is certain that no other job is at work: an object store has no locks, nor
+            have all file systems.
+        """
         with contextlib.ExitStack() as stack:
             try:
-                mine = not self.local or stack.enter_context(held(Path(self.path, LOCK)))
+                mine = stack.enter_context(held(Path(self.path, LOCK))) if self.local else None
             except OSError as error:
                 raise self._unwritable(error) from error
-            if not mine:
+            if mine is False:
                 raise GemError(
                     f"another job is at work in {self.url}; wait for its end, or choose another "
                     "--output"
                 )
-            yield
+            yield bool(mine)
 
     def _create_plan(self, plan: Plan) -> None:
         """Write the plan, unless another job has been first."""
@@ -218,8 +223,8 @@ class OutputFolder:
                 path.unlink(missing_ok=True)
 
     def _has_plan_alone(self) -> bool:
-        """Whether a job has made nothing of its plan, and cannot be about to: it has no lock."""
-        return self.local and self._names("") == [STATE] and not self._names(DONE)
+        """Whether nothing was made of the plan yet."""
+        return self._names("") == [STATE] and not self._names(DONE)
 
     def _refuse_foreign(self) -> None:
         if foreign := [name for name in self._names("") if name != STATE]:

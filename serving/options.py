@@ -165,6 +165,9 @@ class ReplicaOptions:
         for name, option in _OWN_OPTIONS.items():
             if name in self.engine:
                 raise GemError(f"--engine has '{name}'; use {option}")
+        stages = self.engine.get("pipeline_parallel_size", 1)
+        if type(stages) is not int or stages < 1:
+            raise GemError(f"--engine has pipeline_parallel_size {stages!r}; give 1 or more")
 
     def workers(self) -> int:
         """Processes that compute, of one replica."""

@@ -12,7 +12,7 @@ def mine(
     vectors: Annotated[
         Path, typer.Argument(help="Folder that `gem-vllm embed --keep TEXT_COLUMN` has written.")
     ],
-    out: Annotated[Path, typer.Option(help="File to write (.jsonl, .jsonl.gz), for --pairs.")],
+    out: Annotated[Path, typer.Option(help="New file to write (.jsonl, .jsonl.gz), for --pairs.")],
     text_column: Annotated[str, typer.Option(help="Column with the texts.")] = "text",
     negatives: Annotated[int, typer.Option(help="For each text.")] = 4,
     range_min: Annotated[

@@ -16,7 +16,7 @@ def questions(
         str,
         typer.Option(help="Passages: .txt or .jsonl, also .gz, or a Hugging Face dataset's name."),
     ],
-    out: Annotated[Path, typer.Option(help="File to write (.jsonl, .jsonl.gz), for --pairs.")],
+    out: Annotated[Path, typer.Option(help="New file to write (.jsonl, .jsonl.gz), for --pairs.")],
     text_field: Annotated[str, typer.Option(help="Of JSON lines or of a dataset.")] = "text",
     texts: Annotated[
         int | None,

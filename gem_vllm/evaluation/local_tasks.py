@@ -202,7 +202,11 @@ def _retrieval(folder: Path, files: dict[str, Path], limit: int | None) -> AbsTa
     relevant: dict[str, dict[str, int]] = {}
     for row in found["qrels"]:
         relevant.setdefault(row["q"], {})[row["d"]] = row["score"]
-    queries = [row for row in found["queries"] if any(relevant.get(row["_id"], {}).values())]
+    queries = [
+        row
+        for row in found["queries"]
+        if any(score > 0 for score in relevant.get(row["_id"], {}).values())
+    ]
     if not queries:
         raise GemError(
             f"{files[judged[split]]}: no row with a score over 0 is of a query in "

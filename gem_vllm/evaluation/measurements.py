@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ class Measurements:
             folder: the base's.
             revision: of its contents.
         """
-        name = folder.resolve().name
+        name = Path(os.path.abspath(folder)).name
         column = Column("base", name, {}, {})
 
         def embedder() -> Embedder:
@@ -137,7 +138,7 @@ class Measurements:
         def engine() -> Any:
             if not started:
                 self._fetch()
-                self._report(f"{Path(model).resolve().name}: starting vLLM")
+                self._report(f"{Path(os.path.abspath(model)).name}: starting vLLM")
                 from vllm import LLM
 
                 with environment(serve_environment(engine_workers(self._options.engine))):

@@ -56,7 +56,7 @@ class EvaluateOptions:
     @property
     def model_name(self) -> str:
         """The model's in results: its folder's name, or the last part of its name at ``url``."""
-        return (Path(self.model) if self.url else Path(self.model).resolve()).name
+        return Path(self.model if self.url else os.path.abspath(self.model)).name
 
     def check(self) -> None:
         """Raise GemError for what cannot be evaluated."""

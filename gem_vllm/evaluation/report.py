@@ -19,6 +19,8 @@ from gem_vllm.training.model_card import source_commit
 
 PACKAGES = ("gem-vllm", "mteb", "lm-eval", "torch", "transformers")
 PERPLEXITY = "word_perplexity,none"
+# Of "about": where and when a call measured.
+ORIGIN = ("date", "hardware", "commit", "versions")
 
 
 @dataclass
@@ -63,8 +65,10 @@ def write_report(options: EvaluateOptions, tasks: list[AbsTask], columns: list[C
     before = read_json(file) if file.is_file() else {}
     titles = before.get("titles", {}) | {column.key: column.title for column in columns}
     language = before.get("language", {})
+    about = before.get("about", {}) | _about(options)
     result = {
-        "about": before.get("about", {}) | _about(options),
+        "about": about,
+        "earlier": _earlier(before, about),
         "titles": dict(sorted(titles.items())),  # the base's before its checkpoint's
         "embedding": before.get("embedding", {})
         | {task.metadata.name: _entry(task, columns, before) for task in tasks},
@@ -78,6 +82,17 @@ def write_report(options: EvaluateOptions, tasks: list[AbsTask], columns: list[C
     (options.out / "results.md").write_text(_markdown(result), encoding="utf-8")
     if result["embedding"]:
         _plot(options.out / "results.png", result)
+
+
+def _earlier(before: dict[str, Any], about: dict[str, str]) -> list[dict[str, str]]:
+    """Where scores of earlier calls are from, as far as that is not where this call's are from."""
+    calls = [*before.get("earlier", ()), _origin(before.get("about", {}))]
+    differ = [call for call in calls if call and call != _origin(about)]
+    return [call for number, call in enumerate(differ) if call not in differ[:number]]
+
+
+def _origin(about: dict[str, str]) -> dict[str, str]:
+    return {name: value for name, value in about.items() if name.endswith(ORIGIN)}
 
 
 def _entry(task: AbsTask, columns: list[Column], before: dict[str, Any]) -> dict[str, Any]:
@@ -146,6 +161,8 @@ def _markdown(result: dict[str, Any]) -> str:
     lines += _row(["", ""]) + _row(["---", "---"])
     for name, value in result["about"].items():
         lines += _row([name, value])
+    for call in result["earlier"]:
+        lines += _row(["an earlier call", "; ".join(call.values())])
     return "\n".join(lines) + "\n"
 
 

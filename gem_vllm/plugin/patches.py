@@ -180,7 +180,7 @@ def _patch_prompts_of_requests() -> None:
         for engine_input in engine_inputs:
             check_prompt(
                 engine_input.get("prompt_token_ids") or (),
-                request,
+                getattr(request, "sampling_params", None) or request,
                 gem_config,
                 renderer.model_config.max_model_len,
                 block_size=renderer.renderer.config.cache_config.block_size,
@@ -264,7 +264,14 @@ def _patch_rows_without_lora() -> None:
 
     def without_rows_of_none(name: str) -> Callable[..., None]:
         original = getattr(lora_ops, name)
-        _expect_parameters(original, "rows-without-lora", "inputs", "lora_indices_tensor")
+        _expect_parameters(
+            original,
+            "rows-without-lora",
+            "inputs",
+            "lora_b_weights",
+            "output_tensor",
+            "lora_indices_tensor",
+        )
         _expect(
             getattr(punica_cpu, name) is original,
             "rows-without-lora",
@@ -273,17 +280,22 @@ def _patch_rows_without_lora() -> None:
 
         @functools.wraps(original)
         def product(
-            inputs: Any, weights: Any, output: Any, lora_indices: Any, *args: Any, **kwargs: Any
+            inputs: Any,
+            lora_b_weights: Any,
+            output_tensor: Any,
+            lora_indices_tensor: Any,
+            *args: Any,
+            **kwargs: Any,
         ) -> None:
-            of_none = (lora_indices < 0).unsqueeze(1)
-            original(inputs.masked_fill(of_none, 0), weights, output, lora_indices, *args, **kwargs)
+            inputs = inputs.masked_fill((lora_indices_tensor < 0).unsqueeze(1), 0)
+            original(inputs, lora_b_weights, output_tensor, lora_indices_tensor, *args, **kwargs)
 
         return product
 
-    for name in ("bgmv_shrink", "bgmv_expand"):
-        wrapped = without_rows_of_none(name)
-        setattr(lora_ops, name, wrapped)
-        setattr(punica_cpu, name, wrapped)
+    wrapped = {name: without_rows_of_none(name) for name in ("bgmv_shrink", "bgmv_expand")}
+    for name, product in wrapped.items():
+        setattr(lora_ops, name, product)
+        setattr(punica_cpu, name, product)
 
 
 LEDGER = (

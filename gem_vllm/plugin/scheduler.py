@@ -58,8 +58,10 @@ class GemScheduler(AsyncScheduler):
             self._leave_room_for_chat(self._tokens_beside_chat)
         output = super().schedule(*args, **kwargs)
         for new in output.scheduled_new_reqs:
-            if new.req_id in self._runs:
-                _count_without_padding(self.requests[new.req_id], self._runs[new.req_id])
+            request = self.requests[new.req_id]
+            # With the V2 runner the preempted are among these: they are counted already.
+            if new.req_id in self._runs and not request.num_preemptions:
+                _count_without_padding(request, self._runs[new.req_id])
         kinds = {
             self.requests[request_id].pooling_params is not None
             for request_id in output.num_scheduled_tokens

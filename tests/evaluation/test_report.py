@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from gem_vllm.evaluation import report
 from gem_vllm.evaluation.options import EvaluateOptions
 from gem_vllm.evaluation.report import PERPLEXITY, Column, write_report
 from gem_vllm.evaluation.run import evaluate
@@ -33,6 +34,20 @@ def test_the_report_holds_what_the_folder_holds(served: EvaluateOptions, base: P
     assert f"| task | metric | {base.name} | gem | gain |" in table
     assert re.search(r"\| Sts \| cosine_spearman \(dev\) \| \S+ \| 1.0000 \| [+-]\d.\d+ \|", table)
     assert "| Search | ndcg_at_10 (test) |  | 1.0000 |  |" in table
+
+
+def test_scores_of_earlier_calls_keep_where_they_are_from(
+    served: EvaluateOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for commit, task in (("1a", "Sts"), ("1a", "Pairs"), ("2b", "Search"), ("2b", "Sts")):
+        monkeypatch.setattr(report, "source_commit", lambda commit=commit: commit)
+        evaluate(replace(served, tasks=(task,)))
+    result = json.loads((served.out / "results.json").read_text())
+    assert result["about"]["commit"] == "2b"
+    assert [call["commit"] for call in result["earlier"]] == ["1a"]
+    assert re.search(
+        r"\| an earlier call \| .*; 1a; .* \|", (served.out / "results.md").read_text()
+    )
 
 
 def test_a_score_of_other_data_is_not_beside_it(

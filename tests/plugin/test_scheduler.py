@@ -129,3 +129,22 @@ def test_texts_in_flight_are_no_chats_to_leave_room_for(scheduler: GemScheduler)
     assert fourth.total_num_scheduled_tokens <= 1 + 8
     for step in (third, fourth):
         finish(scheduler, step)
+
+
+@pytest.mark.parametrize("v2_runner", [False, True])
+def test_padding_is_taken_off_what_is_reported_once(
+    scheduler: GemScheduler, v2_runner: bool
+) -> None:
+    """For the V2 runner a request that goes on after a preemption is among the new ones."""
+    scheduler.use_v2_model_runner = v2_runner
+    prompt = with_runs(scheduler.gem_config.special_token_ids, BLOCK + 8, 250)
+    chat = add(scheduler, "chat", prompt, greedy(4))
+    first = scheduler.schedule()
+    assert first.num_scheduled_tokens == {"chat": 256}
+    finish(scheduler, first)
+    scheduler.running.remove(chat)
+    scheduler._preempt_request(chat, 0.0)
+    second = scheduler.schedule()
+    assert second.num_scheduled_tokens["chat"] > 0
+    assert chat.prefill_stats is not None
+    assert chat.prefill_stats.num_prompt_tokens == len(prompt) == BLOCK + 8 + K + 250

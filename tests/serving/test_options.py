@@ -30,6 +30,7 @@ def test_local_paths_are_absolute(
     [
         ({"engine": {"tensor_parallel_size": 2}}, "use --tensor-parallel-size"),
         ({"engine": {"data_parallel_size": 2}}, "use --max-replicas"),
+        ({"engine": {"pipeline_parallel_size": "2"}}, "pipeline_parallel_size '2'; give 1 or more"),
         ({"cpus": float("nan")}, "--cpus-per-replica is nan"),
     ],
 )

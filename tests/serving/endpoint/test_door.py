@@ -323,7 +323,8 @@ def test_where_the_queue_is_full_a_body_is_not_waited_for() -> None:
         door = Door(lambda *_: asyncio.Event().wait(), limits, None)
         async with client_of(door) as client:
             tasks = [asyncio.create_task(client.post("/v1/completions", json={})) for _ in range(4)]
-            await asyncio.sleep(0.1)
+            while door._waiting < limits.max_queued_requests:
+                await asyncio.sleep(0.001)
             request = client.post("/v1/completions", content=body_that_does_not_end())
             answer = await asyncio.wait_for(request, 10)
             for task in tasks:

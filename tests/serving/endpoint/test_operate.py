@@ -179,5 +179,5 @@ def test_a_replica_that_starts_while_others_drain_is_drained_too(
     reports: list[str] = []
     monkeypatch.setattr(operate, "DRAIN_POLL_SECONDS", 0.0)
     monkeypatch.setattr(serve, "get_app_handle", lambda _: SimpleNamespace(broadcast=Broadcast))
-    asyncio.run(operate._drain(0.5, reports.append))
+    asyncio.run(operate._drain(10.0, reports.append))
     assert reports == []

@@ -145,7 +145,7 @@ def test_a_request_without_a_text_is_not_in_the_tree() -> None:
     assert choices.tree.inserted == []
 
 
-def test_a_replica_that_does_not_answer_is_one_that_has_nothing_to_do() -> None:
+def test_a_replica_that_has_not_said_yet_has_what_it_was_chosen_for() -> None:
     assert choose(2, None, text=None).chosen == [1]
 
 
