@@ -27,6 +27,7 @@ class Row:
         pairs: which file of pairs `ablations.py` makes for it: ``lead``, ``keywords``,
             ``questions``, ``questions-16k``, ``mined``.
         dimensions: further sizes at which embeddings are measured.
+        on_gpu: whether it is trained on a GPU, and left out where there is none.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Row:
     changes: dict[str, Any] = field(default_factory=dict)
     pairs: str | None = None
     dimensions: tuple[int, ...] = ()
+    on_gpu: bool = False
 
 
 TOGETHER: dict[str, Any] = {
@@ -52,7 +54,7 @@ GROUPS: dict[str, list[Row]] = {
         Row("base", "the recipe: k = 1, half spans, half dropout 50 %", dimensions=SIZES),
         Row("seed-1", "seed 1", {"seed": 1}),
         Row("seed-2", "seed 2", {"seed": 2}),
-        Row("on-a-gpu", "seed 0, on a GPU"),
+        Row("on-a-gpu", "seed 0, on a GPU", on_gpu=True),
     ],
     "Positives": [
         Row("spans", "spans alone", {"positives": "spans"}),
@@ -116,7 +118,7 @@ GROUPS: dict[str, list[Row]] = {
     ],
     "Larger and longer, on a GPU; questions about 16,000 paragraphs": [
         Row(f"longer-{batch}-{steps}", f"{steps} steps of {batch}",
-            {**LONGER, "batch_size": batch, "steps": steps}, pairs="questions-16k")
+            {**LONGER, "batch_size": batch, "steps": steps}, pairs="questions-16k", on_gpu=True)
         for batch, steps in ((64, 160), (64, 320), (64, 640), (128, 320))
     ],
     "Next-token prediction": [

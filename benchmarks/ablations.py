@@ -5,7 +5,10 @@
 
 Trains what is not in ``ablations.json`` yet, one row after the other, and measures it on the
 development tasks (`development.py`); writes ``ablations.md`` from all that is there. A row takes a
-few minutes on two cores; stop it and run it again as you like.
+few minutes on two cores; stop it and run it again as you like. Rows of another base, other texts or
+tasks belong into another ``--out``, and another ``--work``, where pairs and the model of the row
+``base`` stay. The rows that are in the repository do not say what they are of: name an ``--out`` of
+your own unless it is to go on with those.
 """
 
 from __future__ import annotations
@@ -19,16 +22,18 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from ablation_rows import GROUPS, RECIPE, Row
-from benchmark_script import add_out, hardware, run_script
+from benchmark_script import add_out, check_same_settings, hardware, run_script
 from development import TASKS, CheckpointEmbedder, Prefixes, development_scores
 
-from gem_vllm.folders import write_json
+from gem_vllm.errors import GemError
+from gem_vllm.folders import content_sha256, read_json, write_json
+from gem_vllm.machine import has_cuda
 from gem_vllm.training.data import open_text
 from gem_vllm.training.model_card import command_line, source_commit
 from gem_vllm.training.options import TrainOptions
@@ -48,16 +53,20 @@ def main() -> None:
         sys.exit(f"no such row: {', '.join(sorted(unknown))}; there are {', '.join(rows)}")
     file = args.out / "ablations.json"
     results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    settings = settings_of(args)
+    check_same_settings(file, (row.get("settings", {}) for row in results.values()), settings)
+    todo = rows_to_do([rows[name] for name in dict.fromkeys(args.rows or rows)], results)
+    check_mining(todo, args.work)
+    check_work(args.work, settings)
     # Of the code that is loaded now, whatever is edited while it runs.
     commit = source_commit()
     prefixes = {keep: Prefixes(args.base, keep=keep) for keep in (True, False)}
-    for name in args.rows or rows:
-        if name in results:
-            continue
-        print(f"{name}: {rows[name].title}", flush=True)
-        results[name] = {**run(rows[name], args, prefixes), "commit": commit}
+    for row in todo:
+        print(f"{row.name}: {row.title}", flush=True)
+        result = run(row, args, prefixes)
+        results[row.name] = {**result, "settings": settings, "commit": commit}
         write_json(file, results)
-        print(results[name]["scores"], flush=True)
+        print(result["scores"], flush=True)
     (args.out / "ablations.md").write_text(markdown(results), encoding="utf-8")
 
 
@@ -72,7 +81,53 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("runs/ablations"))
     parser.add_argument("--keep", action="store_true", help="leave the checkpoints in --work")
     parser.add_argument("--rows", nargs="+", help="names of rows; all by default")
-    return parser.parse_args()
+    args = parser.parse_args()
+    for path in (args.base, args.paragraphs, args.sentences, args.tasks):
+        if not path.exists():
+            parser.error(f"{path} is not there")
+    return args
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, str]:
+    """What all rows share, by what it holds, not by where it is."""
+    return {
+        name: content_sha256(getattr(args, name))
+        for name in ("base", "paragraphs", "sentences", "tasks")
+    }
+
+
+def rows_to_do(rows: Iterable[Row], results: Mapping[str, Any]) -> list[Row]:
+    """Those that there are no results of, and that this machine can train."""
+    todo = []
+    for row in rows:
+        if row.name in results:
+            continue
+        if row.on_gpu and not has_cuda():
+            print(f"{row.name}: left out, it is trained on a GPU and there is none", flush=True)
+            continue
+        todo.append(row)
+    return todo
+
+
+def check_mining(todo: Sequence[Row], work: Path) -> None:
+    """Raise GemError where a row mines with the model of the row ``base``, and there is none."""
+    for number, row in enumerate(todo):
+        trained = "base" in {each.name for each in todo[:number]} or (work / "base").is_dir()
+        if row.pairs == "mined" and not (trained or pairs_file("mined", work).is_file()):
+            raise GemError(
+                f"the row {row.name} mines with the model of the row base, and {work / 'base'} is "
+                f"not there; give --rows base {row.name}, and an --out without results of base"
+            )
+
+
+def check_work(work: Path, settings: Mapping[str, str]) -> None:
+    """Raise GemError where ``work`` has pairs, or a model, of another base or other texts."""
+    file = work / "settings.json"
+    own = {name: value for name, value in settings.items() if name != "tasks"}
+    recorded = [read_json(file)] if file.is_file() else []
+    check_same_settings(file, recorded, own, option="--work")
+    work.mkdir(parents=True, exist_ok=True)
+    write_json(file, own)
 
 
 def run(row: Row, args: argparse.Namespace, prefixes: dict[bool, Prefixes]) -> dict[str, Any]:
@@ -108,14 +163,18 @@ def run(row: Row, args: argparse.Namespace, prefixes: dict[bool, Prefixes]) -> d
 
 def make_pairs(kind: str, args: argparse.Namespace) -> Path:
     """A file for ``--pairs``, made once."""
-    file = args.work / f"{kind}.jsonl.gz"
+    file = pairs_file(kind, args.work)
     if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
         if kind in ASKED_PARAGRAPHS:
             questions(args, file, ASKED_PARAGRAPHS[kind])
         else:
             {"lead": lead, "keywords": keywords, "mined": mined}[kind](args, file)
     return file
+
+
+def pairs_file(kind: str, work: Path) -> Path:
+    """Where pairs of a kind are kept."""
+    return work / f"{kind}.jsonl.gz"
 
 
 def lead(args: argparse.Namespace, file: Path) -> None:
@@ -176,8 +235,10 @@ def mined(args: argparse.Namespace, file: Path) -> None:
 
 
 def command(*words: object) -> None:
-    """A subcommand of ``gem-vllm``."""
-    subprocess.run([sys.executable, "-m", "gem_vllm.cli", *map(str, words)], check=True)
+    """A subcommand of ``gem-vllm``, which says itself why it fails."""
+    done = subprocess.run([sys.executable, "-m", "gem_vllm.cli", *map(str, words)], check=False)
+    if done.returncode:
+        raise GemError(f"gem-vllm {words[0]} failed with {done.returncode}; see above")
 
 
 def markdown(results: dict[str, Any]) -> str:

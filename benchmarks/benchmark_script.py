@@ -8,10 +8,11 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -52,7 +53,7 @@ def results_folder(argument: str) -> Path:
 
 
 def about(*packages: str) -> dict[str, str]:
-    """Where, with what and when a result is measured.
+    """Where, with what and when a result is measured; for a script to ask before it measures.
 
     Args:
         packages: whose versions count, beside Python's and gem-vllm's.
@@ -83,19 +84,46 @@ def hardware() -> str:
 def commit() -> str:
     """The checkout's commit, with a note where files, results apart, differ from it.
 
-    A copy without its history is told by `GEM_VLLM_COMMIT`.
+    A copy without its history is told by `GEM_VLLM_COMMIT`; "unknown" without either, or git.
     """
     if told := os.environ.get("GEM_VLLM_COMMIT"):
         return told
 
     def git(*command: str) -> str:
-        done = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True)
+        try:
+            done = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True)
+        except FileNotFoundError:  # no git here
+            return ""
         return done.stdout.strip()
 
     changed = git(
         "status", "--porcelain", "--untracked-files=no", "--", ":(exclude)benchmarks/results"
     )
     return (git("rev-parse", "HEAD") or "unknown") + (", with changes" if changed else "")
+
+
+def check_same_settings(
+    file: Path,
+    recorded: Iterable[Mapping[str, Any]],
+    settings: Mapping[str, Any],
+    *,
+    option: str = "--out",
+) -> None:
+    """Keep what is of different settings apart; what was not recorded may be of any.
+
+    Args:
+        file: that holds what was recorded.
+        recorded: settings of each result there, by the name of their option.
+        settings: of this run.
+        option: that names another place.
+
+    Raises:
+        GemError: a setting differs.
+    """
+    others = {f"--{name}" for each in recorded for name in each if each[name] != settings.get(name)}
+    if others:
+        names = ", ".join(sorted(others))
+        raise GemError(f"{file} is of another {names}; go on with that, or choose another {option}")
 
 
 def shown_command(argv: Sequence[str]) -> str:

@@ -28,7 +28,8 @@ def main() -> None:
     parser.add_argument("--tasks", type=Path, required=True, help="folder with a folder a task")
     add_out(parser)
     args = parser.parse_args()
-    result = {"scores": bm25_scores(args.tasks), "about": about("mteb", "bm25s")}
+    of_run = about("mteb", "bm25s")
+    result = {"scores": bm25_scores(args.tasks), "about": of_run}
     write_json(args.out / "bm25.json", result)
     (args.out / "bm25.md").write_text(markdown(result), encoding="utf-8")
     print(result["scores"])

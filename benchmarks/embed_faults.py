@@ -19,66 +19,26 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pyarrow.dataset
 from benchmark_script import ROOT, about, add_out, run_script
+from embed_faults_job import ENGINE, NODES, Bench, Run
 from embed_faults_report import FAULTS, ROUNDS, markdown
 from embed_job import read
-from raylets import Raylets, kill, raylets
+from raylets import kill, raylets
 
+from gem_vllm.demo.processes import terminated_like_interrupted
 from gem_vllm.errors import GemError
 
-NODES = 2
-ROWS_PER_SHARD = 1000
 MEMORY_ROWS = 10_000
 COSINE = 0.9999
 SECONDS_TO_END = 60
 # Share of the rounds in which the kill comes before the first shard is finished.
 KILLED_AT_START = 0.2
-ENGINE: dict[str, Any] = {
-    "dtype": "float32",
-    "enforce_eager": True,
-    "kv_cache_memory_bytes": 1 << 26,
-    "max_model_len": 512,
-    "max_num_batched_tokens": 4096,
-    "max_num_seqs": 256,
-    "enable_prefix_caching": False,
-}
-
-
-@dataclass
-class Bench:
-    """What all rounds share.
-
-    Attributes:
-        work: folder for the model, the texts and the outputs.
-        cluster: to run on.
-        about: of every run: commit and hardware, on which rounds may differ.
-    """
-
-    work: Path
-    cluster: Raylets
-    about: dict[str, str]
-
-    def command(self, rows: int, output: Path) -> list[str]:
-        """The job over the first ``rows`` texts."""
-        return [
-            *(sys.executable, "-m", "gem_vllm.cli", "embed"),
-            *("--model", str(self.work / "model"), "--input", str(self.texts(rows))),
-            *("--output", str(output), "--rows-per-shard", str(ROWS_PER_SHARD)),
-            *("--ray-address", self.cluster.address, "--cpus-per-replica", "1"),
-            *("--min-replicas", str(NODES), "--max-replicas", str(NODES)),
-            *("--engine", json.dumps(ENGINE)),
-        ]
-
-    def texts(self, rows: int) -> Path:
-        """The file with the first ``rows`` texts."""
-        return self.work / f"texts-{rows}.txt"
 
 
 def main() -> None:
@@ -106,8 +66,8 @@ def main() -> None:
         raise GemError(f"{path} has rounds of other settings; choose another --out")
     result["about"] = {**fixed, **now}
     deadline = time.monotonic() + 60 * args.minutes
-    with raylets(NODES) as cluster:
-        bench = Bench(args.work, cluster, of_run)
+    with terminated_like_interrupted(), raylets(NODES) as cluster, ExitStack() as stack:
+        bench = Bench(args.work, cluster, of_run, stack)
         for name, todo in rounds_to_do(args, bench, result):
             if time.monotonic() > deadline:
                 break
@@ -152,9 +112,9 @@ def prepare(args: argparse.Namespace) -> None:
         make_tiny_checkpoint("llama", args.work / "model", k=1)
     texts = read(args.data, args.rows)
     for rows in {args.rows, args.rows_of_a_round}:
-        path = args.work / f"texts-{rows}.txt"
-        if not path.is_file():
-            path.write_text("".join(f"{text}\n" for text in texts[:rows]), encoding="utf-8")
+        part = args.work / "texts.tmp"
+        part.write_text("".join(f"{text}\n" for text in texts[:rows]), encoding="utf-8")
+        part.replace(args.work / f"texts-{rows}.txt")
 
 
 def run_clean(bench: Bench, rows: int) -> dict[str, Any]:
@@ -218,55 +178,6 @@ def run_fault(
         "cosine": check(bench, output, rows),
         **bench.about,
     }
-
-
-class Run:
-    """The job as a process; while it is waited for, its progress and memory are noted.
-
-    Attributes:
-        process: the driver.
-        progress: seconds, rows finished and the driver's resident MiB, at every new shard.
-    """
-
-    def __init__(self, bench: Bench, rows: int, output: Path) -> None:
-        self._output = output
-        self._started = time.monotonic()
-        self._ended: float | None = None
-        self.progress: list[tuple[float, int, float]] = []
-        with (bench.work / "job.log").open("ab") as log:
-            self.process = psutil.Popen(
-                bench.command(rows, output), stdout=subprocess.DEVNULL, stderr=log
-            )
-
-    @property
-    def seconds(self) -> float:
-        """Since the start, or until the end."""
-        return (self._ended or time.monotonic()) - self._started
-
-    def rows_done(self) -> int:
-        """Rows of finished shards; the last shard counted as a full one."""
-        return ROWS_PER_SHARD * len(list(self._output.glob("_gem/done/[0-9]*.json")))
-
-    def wait(self, until: float = float("inf"), rows: float = float("inf")) -> int | None:
-        """Wait for the end, for a second or for so many finished rows, whichever is first.
-
-        Returns:
-            The exit code; None while it runs.
-        """
-        finished = self.rows_done()
-        while self.process.poll() is None and self.seconds < until and finished < rows:
-            finished = self.rows_done()
-            if finished > (self.progress[-1][1] if self.progress else 0):
-                try:
-                    memory = self.process.memory_info().rss / 2**20
-                except psutil.NoSuchProcess:
-                    break
-                self.progress.append((self.seconds, finished, memory))
-            time.sleep(0.1)
-        code = self.process.poll()
-        if code is not None and self._ended is None:
-            self._ended = time.monotonic()
-        return code
 
 
 def driver_memory(run: Run) -> dict[str, float]:

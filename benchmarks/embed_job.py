@@ -113,6 +113,7 @@ def job(checkpoint: Path, texts: list[str], folder: Path) -> tuple[float, list[f
 
 def measure(args: argparse.Namespace, texts: list[str]) -> dict[str, Any]:
     """Rates of both, in turns."""
+    of_run = about("vllm", "torch", "ray")
     rates: dict[str, list[float]] = {"LLM.embed": [], "gem-vllm embed": []}
     memory: list[float] = []
     command = [sys.executable, __file__, *sys.argv[1:], "--bare-loop"]
@@ -136,7 +137,7 @@ def measure(args: argparse.Namespace, texts: list[str]) -> dict[str, Any]:
         "rates": rates,
         "driver_mib": {"first shard": memory[0], "last shard": memory[-1]},
         "about": {
-            **about("vllm", "torch", "ray"),
+            **of_run,
             "engine": json.dumps(ENGINE),
             "texts": f"{args.rows} of {args.data.name}, {args.rounds} rounds",
         },

@@ -65,13 +65,14 @@ def main() -> None:
     args = parser.parse_args()
     if args.shards < 100 or args.rows_per_gpu <= 0:
         raise GemError("--shards must be 100 or more and --rows-per-gpu above 0")
+    of_run = about("ray", "pyarrow")
     with tempfile.TemporaryDirectory() as folder:
         result = {
             "driver": driver(args.shards),
             "write": write(OutputFolder(f"{folder}/write")),
             "state": state(OutputFolder(f"{folder}/state"), args.shards),
             "rows_per_gpu": args.rows_per_gpu,
-            "about": about("ray", "pyarrow"),
+            "about": of_run,
         }
     (args.out / "embed_scaling.json").write_text(json.dumps(result, indent=1) + "\n")
     (args.out / "embed_scaling.md").write_text(markdown(result))

@@ -99,6 +99,7 @@ class Run:
         self.folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         self.stack = stack
         self.started = time.monotonic()
+        self.of_run = about("vllm", "torch", "transformers")
         self.setup = {
             "dtype": serve_dtype(),
             "options": self.device.options,
@@ -225,7 +226,7 @@ class Run:
         size = self.size
         k = GemConfig.from_pretrained(self.args.checkpoint).k
         return {
-            **about("vllm", "torch", "transformers"),
+            **self.of_run,
             "checkpoint": f"{self.args.checkpoint.name}, k = {k}; base: {self.args.base.name}",
             "dtype": self.setup["dtype"],
             "engines": ", ".join(f"{key}={value}" for key, value in self.device.options.items()),

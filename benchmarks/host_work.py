@@ -63,6 +63,7 @@ def main() -> None:
     if args.rounds < 1:
         raise GemError(f"--rounds is {args.rounds}; take 10 or more for figures to quote")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    of_run = about("vllm", "torch", "transformers")
     with terminated_like_interrupted(), ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         make_base(folder / "base", args.tokenizer, SHAPE)
@@ -71,7 +72,7 @@ def main() -> None:
     result = {
         "microseconds": microseconds,
         "about": {
-            **about("vllm", "torch", "transformers"),
+            **of_run,
             "model": f"random weights, k = 1; {SHAPE}",
             "engines": str(OPTIONS),
             "in flight": f"{IN_FLIGHT} completions; texts all at once",

@@ -5,13 +5,16 @@
 For each k, trains an adapter by reconstruction alone (text | special tokens | text), then lets the
 reference decode texts that training has not seen from the special tokens' keys and values (arXiv
 2506.04344, appendix B and table 6). Run it again to go on where it was stopped: with what is not in
-``reconstruction.json`` yet, from a training's last checkpoint. Half an hour a k on two cores.
+``reconstruction.json`` yet, from a training's last checkpoint. Half an hour a k on two cores. Those
+of another base, other data, steps or texts belong into another ``--out``; the ones that are in the
+repository do not say what they are of.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -21,12 +24,13 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmark_script import add_out, hardware, run_script
+from benchmark_script import add_out, check_same_settings, hardware, run_script
 from engine_facts import PROMPTS, read_paragraphs
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from gem_vllm.folders import write_json
+from gem_vllm.errors import GemError
+from gem_vllm.folders import content_sha256, write_json
 from gem_vllm.reference import ReferenceEmbedder
 from gem_vllm.training.model_card import command_line, source_commit
 from gem_vllm.training.options import TrainOptions
@@ -46,18 +50,34 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--texts", type=int, default=50, help="texts of each length")
     args = parser.parse_args()
+    settings = settings_of(args)
     file = args.out / "reconstruction.json"
     results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    check_same_settings(file, (each.get("settings", {}) for each in results.values()), settings)
     for k in args.k:
         if str(k) in results:
             continue
         options = options_of(k, args)
-        results[str(k)] = measure(options, args.texts)
+        results[str(k)] = {**measure(options, args.texts), "settings": settings}
         write_json(file, results)
         for folder in (options.out, options.run_folder):
             shutil.rmtree(folder)
     rows = held_back(AutoTokenizer.from_pretrained(args.base), args.texts)
     (args.out / "reconstruction.md").write_text(markdown(results, rows), encoding="utf-8")
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What every k shares; files by what they hold, a data set by its name."""
+    if not args.base.is_dir():
+        raise GemError(f"--base {args.base} is not a folder; name a model folder here")
+    return {
+        "base": content_sha256(args.base),
+        "data": [
+            content_sha256(Path(spec)) if os.path.isfile(spec) else spec for spec in args.data
+        ],
+        "steps": args.steps,
+        "texts": args.texts,
+    }
 
 
 def options_of(k: int, args: argparse.Namespace) -> TrainOptions:

@@ -2,9 +2,10 @@
 
     python benchmarks/startup.py --model CHECKPOINT --base BASE [--rounds 5] [--out DIR]
 
-Each round starts and ends both, in turns, from the command to the first answer. A round of each
-before that fills vLLM's caches (compiled graphs, what it knows of an architecture), as every start
-but a machine's first finds them. Writes ``startup.json`` and ``startup.md``.
+Each round starts and ends both, from the command to the first answer, in an order that turns
+round; what is added is the median of the rounds' differences. A round before those fills vLLM's
+caches (compiled graphs, what it knows of an architecture), as every start but a machine's first
+finds them. Writes ``startup.json`` and ``startup.md``.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 from benchmark_script import add_out, commit, hardware, run_script, shown_command
 from endpoint_servers import vllm_serve
 
+from gem_vllm.demo.processes import terminated_like_interrupted
 from gem_vllm.folders import write_json
 
 OPTIONS = {"max_model_len": 1024, "kv_cache_memory_bytes": 1 << 30}
@@ -41,24 +43,30 @@ def main() -> None:
     for folder in (args.base, args.model):
         if not (folder / "config.json").is_file():
             parser.error(f"{folder} is no model folder: it holds no config.json")
-    folders = {"base": args.base, "GEM checkpoint": args.model}
-    seconds: dict[str, list[float]] = {name: [] for name in folders}
-    for turn in range(args.rounds + 1):
-        for name, folder in folders.items():
-            taken = start_seconds(folder)
-            print(f"{name}: {taken:.1f} s{'' if turn else ' (not counted)'}", flush=True)
-            if turn:
-                seconds[name].append(taken)
-    about = {
-        "seconds": seconds,
+    of_run = {
         "hardware": hardware(),
         "vllm": version("vllm"),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "commit": commit(),
         "command": shown_command(sys.argv),
     }
-    write_json(args.out / "startup.json", about)
-    (args.out / "startup.md").write_text(markdown(about), encoding="utf-8")
+    with terminated_like_interrupted():
+        seconds = measure({"base": args.base, "GEM checkpoint": args.model}, args.rounds)
+    result = {"seconds": seconds, **of_run}
+    write_json(args.out / "startup.json", result)
+    (args.out / "startup.md").write_text(markdown(result), encoding="utf-8")
+
+
+def measure(folders: dict[str, Path], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each start, by round; a round before those is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in folders}
+    for turn in range(rounds + 1):
+        for name in folders if turn % 2 == 0 else reversed(folders):
+            taken = start_seconds(folders[name])
+            print(f"{name}: {taken:.1f} s{'' if turn else ' (not counted)'}", flush=True)
+            if turn:
+                seconds[name].append(taken)
+    return seconds
 
 
 def start_seconds(folder: Path) -> float:
@@ -69,15 +77,15 @@ def start_seconds(folder: Path) -> float:
             return time.monotonic() - begin
 
 
-def markdown(about: Mapping[str, Any]) -> str:
-    """The table."""
-    seconds: Mapping[str, Sequence[float]] = about["seconds"]
+def markdown(result: Mapping[str, Any]) -> str:
+    """The table, and what a GEM checkpoint adds within a round."""
+    seconds: Mapping[str, Sequence[float]] = result["seconds"]
     median = {name: statistics.median(taken) for name, taken in seconds.items()}
     rows = [
         f"| {name} | {median[name]:.1f} | {min(taken):.1f} to {max(taken):.1f} |"
         for name, taken in seconds.items()
     ]
-    added = median["GEM checkpoint"] - median["base"]
+    added = [b - a for a, b in zip(seconds["base"], seconds["GEM checkpoint"], strict=True)]
     return "\n".join(
         [
             "# The start of `vllm serve`",
@@ -88,12 +96,13 @@ def markdown(about: Mapping[str, Any]) -> str:
             "|---|---|---|",
             *rows,
             "",
-            f"Added: {added:+.1f} s of {median['base']:.1f} s.",
+            f"Added, the median of the rounds' differences: {statistics.median(added):+.1f} s "
+            f"({min(added):+.1f} to {max(added):+.1f}) of {median['base']:.1f} s.",
             "",
-            f"```\n{about['command']}\n```",
+            f"```\n{result['command']}\n```",
             "",
-            f"{about['hardware']}, {about['date']}; vllm {about['vllm']}; commit "
-            f"{about['commit'][:12]}{about['commit'][40:]}.",
+            f"{result['hardware']}, {result['date']}; vllm {result['vllm']}; commit "
+            f"{result['commit'][:12]}{result['commit'][40:]}.",
             "",
         ]
     )

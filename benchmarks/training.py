@@ -3,8 +3,10 @@
     python benchmarks/training.py --base DIR [--peers PEER ...] [--out benchmarks/results]
 
 Pairs of Wikipedia texts of one length, the same for all; each peer in a process of its own, one
-after the other, `--rounds` times. Writes ``training.json`` and ``training.md``, beside what is
-there of other bases and processors. About ten minutes on two cores that have nothing else to do.
+after the other, `--rounds` times, in an order that turns round. Writes ``training.json`` and
+``training.md`` after every round, beside what is there of other bases and processors, and in the
+place of an earlier run of the same settings and peers. About ten minutes on two cores that have
+nothing else to do.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from engine_facts import TEXTS, read_paragraphs
 from training_peers import PEERS
 from transformers import AutoTokenizer
 
+from gem_vllm.errors import GemError
 from gem_vllm.folders import write_json
 from gem_vllm.training.run import compute_dtype
 
@@ -44,41 +48,74 @@ def main() -> None:
     parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS))
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     args = parser.parse_args()
-    rounds: dict[str, list[dict[str, Any]]] = {peer: [] for peer in args.peers}
-    with tempfile.TemporaryDirectory() as work:
-        pairs = write_pairs(args, Path(work) / "pairs.jsonl")
-        for number in range(args.rounds):
-            for peer in args.peers:
-                print(f"round {number + 1}: {peer}", file=sys.stderr, flush=True)
-                rounds[peer].append(run(peer, args, pairs, Path(work)))
-    result = {
+    if args.rounds < 1:
+        raise GemError(f"--rounds is {args.rounds}; take 2 or more for figures to quote")
+    settings = {
         "tokens": args.tokens,
         "pairs": args.batch,
         "special_tokens": args.special_tokens,
         "dtype": str(compute_dtype(args.dtype)).removeprefix("torch."),
-        "about": about("torch", "transformers", "peft", "sentence-transformers"),
-        "rounds": rounds,
     }
     file = args.out / "training.json"
     results = json.loads(file.read_text()) if file.is_file() else {}
-    results[f"{args.base.resolve().name}, {hardware()}"] = result
-    write_json(file, results)
-    (args.out / "training.md").write_text(markdown(results), encoding="utf-8")
+    name = f"{args.base.resolve().name}, {hardware()}"
+    if lost := what_would_be_lost(results.get(name), settings, args.peers):
+        raise GemError(
+            f"{file} has {', '.join(lost)} of {name}, in the place of which this run would come; "
+            "choose another --out"
+        )
+    of_run = about("torch", "transformers", "peft", "sentence-transformers")
+    rounds: dict[str, list[dict[str, Any]]] = {peer: [] for peer in args.peers}
+    with tempfile.TemporaryDirectory() as work:
+        pairs = write_pairs(args, Path(work) / "pairs.jsonl")
+        for number in range(args.rounds):
+            for peer, measured in measure_round(number, args, pairs, Path(work)).items():
+                rounds[peer].append(measured)
+            results[name] = {**settings, "about": of_run, "rounds": rounds}
+            write_json(file, results)
+            (args.out / "training.md").write_text(markdown(results), encoding="utf-8")
     print((args.out / "training.md").read_text())
+
+
+def what_would_be_lost(
+    earlier: Mapping[str, Any] | None, settings: Mapping[str, Any], peers: Sequence[str]
+) -> list[str]:
+    """What an earlier run has that this one, which takes its place, does not measure.
+
+    Peers are compared within a round, so those of two runs do not go together.
+    """
+    if earlier is None:
+        return []
+    others = [f"{name} {earlier[name]}" for name in settings if earlier[name] != settings[name]]
+    return [*others, *(f"rounds of {peer!r}" for peer in earlier["rounds"] if peer not in peers)]
 
 
 def write_pairs(args: argparse.Namespace, file: Path) -> Path:
     """Pairs of texts that follow each other, each of ``--tokens`` tokens."""
     tokenizer = AutoTokenizer.from_pretrained(args.base)
     stream = [i for row in tokenizer(read_paragraphs(TEXTS))["input_ids"] for i in row]
+    needed = 2 * args.batch * args.tokens
+    if len(stream) < needed:
+        raise GemError(f"{TEXTS.name} has {len(stream)} tokens; --batch and --tokens need {needed}")
     pieces = [
         tokenizer.decode(stream[start : start + args.tokens])
-        for start in range(0, 2 * args.batch * args.tokens, args.tokens)
+        for start in range(0, needed, args.tokens)
     ]
     pairs = zip(pieces[::2], pieces[1::2], strict=True)
     lines = [json.dumps({"anchor": anchor, "positive": positive}) for anchor, positive in pairs]
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return file
+
+
+def measure_round(
+    number: int, args: argparse.Namespace, pairs: Path, work: Path
+) -> dict[str, dict[str, Any]]:
+    """Every peer once, in an order that turns round."""
+    found = {}
+    for peer in args.peers if number % 2 == 0 else reversed(args.peers):
+        print(f"round {number + 1}: {peer}", file=sys.stderr, flush=True)
+        found[peer] = run(peer, args, pairs, work)
+    return found
 
 
 def run(peer: str, args: argparse.Namespace, pairs: Path, work: Path) -> dict[str, Any]:
@@ -99,7 +136,10 @@ def run(peer: str, args: argparse.Namespace, pairs: Path, work: Path) -> dict[st
             [sys.executable, SCRIPT, file], capture_output=True, text=True, check=False
         )
     if done.returncode:
-        sys.exit(f"{peer} failed:\n{done.stderr[-3000:]}")
+        sys.exit(
+            f"{done.stderr[-3000:]}\nerror: {peer!r} failed, see above; all rounds before this one "
+            "are written"
+        )
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     result["seconds"] = result["seconds"][WARM_UP:]
     return result
@@ -107,8 +147,13 @@ def run(peer: str, args: argparse.Namespace, pairs: Path, work: Path) -> dict[st
 
 def markdown(results: dict[str, Any]) -> str:
     """All results, by base and processor."""
-    lines = ["# Training", "", "Medians over steps and rounds. Memory: the most that model and"]
-    lines += ["training took.", ""]
+    lines = [
+        "# Training",
+        "",
+        "Medians over steps and rounds; a ratio is taken within a round. Memory: the most that",
+        "model and training took.",
+        "",
+    ]
     for name, result in results.items():
         lines += [f"## {name}", "", *section(result)]
     return "\n".join(lines)
@@ -117,13 +162,15 @@ def markdown(results: dict[str, Any]) -> str:
 def section(result: dict[str, Any]) -> list[str]:
     """The table, and those ratios that there are aims for."""
     seconds = {
-        peer: statistics.median(s for each in rounds for s in each["seconds"])
+        peer: [statistics.median(each["seconds"]) for each in rounds]
         for peer, rounds in result["rounds"].items()
     }
-    rates = {peer: rounds[0]["tokens"] / seconds[peer] for peer, rounds in result["rounds"].items()}
-    memory = {
-        peer: statistics.median(each["peak_bytes"] for each in rounds)
+    rates = {
+        peer: [each["tokens"] / step for each, step in zip(rounds, seconds[peer], strict=True)]
         for peer, rounds in result["rounds"].items()
+    }
+    memory = {
+        peer: [each["peak_bytes"] for each in rounds] for peer, rounds in result["rounds"].items()
     }
     rounds = len(next(iter(result["rounds"].values())))
     lines = [
@@ -135,21 +182,29 @@ def section(result: dict[str, Any]) -> list[str]:
     ]
     for peer in result["rounds"]:
         name = "forward pass of the base, no gradients" if peer == FORWARD else peer
-        lines.append(
-            f"| {name} | {seconds[peer]:.3f} | {rates[peer]:,.0f} | {memory[peer] / 2**20:,.0f} |"
-        )
+        step, rate, most = (statistics.median(of[peer]) for of in (seconds, rates, memory))
+        lines.append(f"| {name} | {step:.3f} | {rate:,.0f} | {most / 2**20:,.0f} |")
     if ADAPTER in rates:
         lines += ["", "| `gem adapter` | measured | aim |", "|---|---|---|"]
         if FORWARD in rates:
-            step, most = seconds[ADAPTER] / seconds[FORWARD], memory[ADAPTER] / memory[FORWARD]
+            step, most = (ratio(of[ADAPTER], of[FORWARD]) for of in (seconds, memory))
             lines += [
                 f"| a step, in forward passes | {step:.2f} | 1.3 |",
                 f"| memory, against the forward pass | {most:.2f} | 1.2 |",
             ]
         if ORDINARY in rates:
-            ratio = rates[ADAPTER] / rates[ORDINARY]
-            lines.append(f"| tokens/s, against {ORDINARY} | {ratio:.2f} | 2 |")
+            faster = ratio(rates[ADAPTER], rates[ORDINARY])
+            lines.append(f"| tokens/s, against {ORDINARY} | {faster:.2f} | 2 |")
     return [*lines, "", *about_table(result["about"]), ""]
+
+
+def ratio(mine: Sequence[float], other: Sequence[float]) -> float:
+    """Of one peer's figures to another's in the same rounds, the median.
+
+    Raises:
+        ValueError: the two were not measured in the same rounds.
+    """
+    return statistics.median(a / b for a, b in zip(mine, other, strict=True))
 
 
 if __name__ == "__main__":

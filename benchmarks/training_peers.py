@@ -87,6 +87,8 @@ def forward(setup: dict[str, Any], clock: Clock) -> int:
 def gem(setup: dict[str, Any], clock: Clock) -> int:
     """``gem-vllm train``, contrastive, on the pairs."""
     mode = setup["peer"].removeprefix("gem ")
+    rows = token_rows(setup)
+    longest = max(map(len, rows)) + setup["special_tokens"]
     options = TrainOptions(
         base=Path(setup["base"]),
         data=(setup["pairs"],),
@@ -98,6 +100,7 @@ def gem(setup: dict[str, Any], clock: Clock) -> int:
         special_tokens=setup["special_tokens"],
         batch_size=setup["batch"],
         steps=setup["steps"],
+        max_tokens=max(longest, TrainOptions.max_tokens),  # no text is cut
         alpha_schedule="constant",
         save_every=setup["steps"] + 1,
         dtype=setup["dtype"],
@@ -106,7 +109,7 @@ def gem(setup: dict[str, Any], clock: Clock) -> int:
     trainer.args.save_strategy = "no"
     trainer.add_callback(clock)
     trainer.train()
-    return sum(map(len, token_rows(setup)))
+    return sum(map(len, rows))
 
 
 def arguments(kind: Any, setup: dict[str, Any], **more: Any) -> Any:

@@ -7,14 +7,27 @@ import json
 from argparse import Namespace
 from pathlib import Path
 
+import ablations
 import pytest
 from ablation_rows import GROUPS, RECIPE, Row
-from ablations import LEAST_KEYWORDS, MOST_KEYWORDS, keywords, lead, markdown
+from ablations import (
+    LEAST_KEYWORDS,
+    MOST_KEYWORDS,
+    check_mining,
+    check_work,
+    keywords,
+    lead,
+    markdown,
+    rows_to_do,
+    settings_of,
+)
 from development import TASKS
 
+from gem_vllm.errors import GemError
 from gem_vllm.training.options import TrainOptions
 
 ROWS = [row for rows in GROUPS.values() for row in rows]
+BY_NAME = {row.name: row for row in ROWS}
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
@@ -22,6 +35,56 @@ def test_every_row_is_a_run(row: Row, tmp_path: Path) -> None:
     options = {**RECIPE, **row.changes}
     TrainOptions(base=tmp_path, data=("a.txt", "b.txt"), out=tmp_path / row.name, **options)
     assert [each.name for each in ROWS].count(row.name) == 1
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_rows_for_a_gpu_are_left_out_where_there_is_none(
+    cuda: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ablations, "has_cuda", lambda: cuda)
+    todo = [row.name for row in rows_to_do(ROWS, {"base": {}})]
+    assert "base" not in todo
+    assert "seed-1" in todo
+    told = capsys.readouterr().out
+    on_a_gpu = [
+        row.name
+        for group, rows in GROUPS.items()
+        for row in rows
+        if "on a GPU" in group or "on a GPU" in row.title
+    ]
+    assert len(on_a_gpu) == 5
+    for name in on_a_gpu:
+        assert (name in todo) == cuda
+        assert (f"{name}: left out" in told) == (not cuda)
+
+
+def test_a_row_that_mines_wants_the_model_that_it_mines_with(tmp_path: Path) -> None:
+    base, mined = BY_NAME["base"], BY_NAME["mined"]
+    for todo in ([mined], [mined, base]):
+        with pytest.raises(GemError, match="give --rows base mined"):
+            check_mining(todo, tmp_path)
+    check_mining([base, mined], tmp_path)
+    check_mining([base], tmp_path)
+    (tmp_path / "base").mkdir()
+    check_mining([mined], tmp_path)
+
+
+def test_files_count_by_what_they_hold(tmp_path: Path) -> None:
+    inputs = ("base", "paragraphs", "sentences", "tasks")
+    for name in inputs:
+        (tmp_path / name).write_text(name)
+    args = Namespace(**{name: tmp_path / name for name in inputs})
+    settings = settings_of(args)
+    check_work(tmp_path / "work", settings)
+    (tmp_path / "tasks").write_text("others, of which nothing in the work folder depends")
+    check_work(tmp_path / "work", settings_of(args))
+    (tmp_path / "paragraphs").write_text("others")
+    with pytest.raises(GemError, match=r"is of another --paragraphs; .* another --work"):
+        check_work(tmp_path / "work", settings_of(args))
+    assert {name for name in inputs if settings_of(args)[name] != settings[name]} == {
+        "tasks",
+        "paragraphs",
+    }
 
 
 def test_the_table_has_what_is_done() -> None:

@@ -7,7 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from benchmark_script import about, about_table, add_out, run_script, shown_command
+from benchmark_script import (
+    about,
+    about_table,
+    add_out,
+    check_same_settings,
+    commit,
+    run_script,
+    shown_command,
+)
 
 from gem_vllm.errors import GemError
 
@@ -25,6 +33,23 @@ def test_about_says_where_and_with_what(monkeypatch: pytest.MonkeyPatch) -> None
     table = about_table({**rows, "rounds": "3"})
     assert "| command | python benchmarks/bm25.py --tasks eval |" in table
     assert table[-1] == "| rounds | 3 |"
+
+
+def test_a_machine_without_git_loses_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("GEM_VLLM_COMMIT", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert commit() == "unknown"
+
+
+def test_results_of_other_settings_are_refused() -> None:
+    settings = {"base": "abc", "tasks": "def", "steps": 300}
+    unknown: dict[str, str] = {}
+    check_same_settings(Path("it.json"), [unknown, settings], settings)
+    others = [{**settings, "tasks": "no"}, unknown, {**settings, "steps": 200}]
+    with pytest.raises(GemError, match=r"^it\.json is of another --steps, --tasks; .* --out$"):
+        check_same_settings(Path("it.json"), others, settings)
 
 
 def test_the_shown_command_has_no_absolute_path() -> None:

@@ -68,7 +68,9 @@ def main() -> None:
     if (checkpoint / "stubborn").exists():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    (checkpoint / "pids").write_text(f"{os.getpid()} {child.pid}")
+    part = checkpoint / "pids.new"
+    part.write_text(f"{os.getpid()} {child.pid}")
+    part.rename(checkpoint / "pids")
     if (checkpoint / "slow").exists():
         time.sleep(600)
     port = int(sys.argv[sys.argv.index("--port") + 1])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from subprocess import Popen
+from subprocess import DEVNULL, Popen
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,3 +63,22 @@ def without_a_model(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(run, "embed_with_base", embed)
     patch.setattr(machine, "has_cuda", lambda: False)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; a zombie does not."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+@contextmanager
+def started(command: list[str], **options: Any) -> Iterator[Popen[bytes]]:
+    """A process that does not outlive the block, whatever ends it."""
+    with Popen(command, stderr=DEVNULL, **options) as process:
+        try:
+            yield process
+        finally:
+            process.kill()

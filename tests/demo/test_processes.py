@@ -15,6 +15,7 @@ import pytest
 from gem_vllm.demo import processes
 from gem_vllm.demo.processes import process_group, wait_for
 from gem_vllm.errors import GemError
+from tests.demo.stand_ins import alive, started
 
 FAMILY = """
 import os, signal, subprocess, sys, time
@@ -33,14 +34,6 @@ from gem_vllm.demo.processes import process_group, terminated_like_interrupted
 with terminated_like_interrupted(), process_group([sys.executable, "-c", *sys.argv[1:]]):
     time.sleep(600)
 """
-
-
-def alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"
 
 
 def until(condition: Callable[[], bool], seconds: float = 120.0) -> bool:
@@ -86,10 +79,10 @@ def test_who_ignores_sigterm_is_killed(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_to_the_owner_ends_them(number: signal.Signals, tmp_path: Path) -> None:
     command = [sys.executable, "-c", OWNER, FAMILY, str(tmp_path / "pids")]
-    owner = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    pids = pids_in(tmp_path / "pids")
-    owner.send_signal(number)
-    assert owner.wait(timeout=120) != 0
+    with started(command) as owner:
+        pids = pids_in(tmp_path / "pids")
+        owner.send_signal(number)
+        assert owner.wait(timeout=120) != 0
     assert until(lambda: not any(map(alive, pids)), seconds=30)
 
 
@@ -97,11 +90,11 @@ def test_a_signal_to_the_owner_ends_them(number: signal.Signals, tmp_path: Path)
 def test_ctrl_c_at_any_moment_leaves_nothing(delay: float, tmp_path: Path) -> None:
     mark = f"mark-{os.getpid()}-{delay}"
     command = [sys.executable, "-c", OWNER, FAMILY, str(tmp_path / "pids"), mark]
-    owner = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    time.sleep(delay)
-    owner.send_signal(signal.SIGINT)
-    owner.send_signal(signal.SIGINT)
-    owner.wait(timeout=120)
+    with started(command) as owner:
+        time.sleep(delay)
+        owner.send_signal(signal.SIGINT)
+        owner.send_signal(signal.SIGINT)
+        owner.wait(timeout=120)
 
     def left() -> bool:
         listing = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)

@@ -21,7 +21,7 @@ from gem_vllm.demo import run
 from gem_vllm.demo.client import STEPS_METRIC, Client, Totals, parse_step_counts
 from gem_vllm.demo.run import DemoOptions, run_demo, steps_for
 from gem_vllm.errors import GemError
-from tests.demo.stand_ins import stand_ins, without_a_model
+from tests.demo.stand_ins import alive, stand_ins, started, without_a_model
 from tests.tiny import make_tiny_base
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,20 +71,20 @@ def test_a_server_that_fails_ends_the_demo_with_its_log(
 @pytest.mark.parametrize("moment", ["train-for-ever", "slow"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_leaves_no_process(moment: str, number: signal.Signals, tmp_path: Path) -> None:
-    driver = subprocess.Popen(
-        [sys.executable, "-c", DRIVER, str(tmp_path), moment],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
     reached = tmp_path / "out" / "checkpoint" / ("pids" if moment == "slow" else moment)
-    deadline = time.monotonic() + 300
-    while not reached.exists() and time.monotonic() < deadline and driver.poll() is None:
-        time.sleep(0.05)
-    assert reached.exists()
-    driver.send_signal(number)
-    assert driver.wait(timeout=120) != 0
+    command = [sys.executable, "-c", DRIVER, str(tmp_path), moment]
+    with started(command, cwd=ROOT, stdout=subprocess.DEVNULL) as driver:
+        deadline = time.monotonic() + 300
+        while not reached.exists() and time.monotonic() < deadline and driver.poll() is None:
+            time.sleep(0.05)
+        assert reached.exists()
+        # Of the server and of its child, whose command line says nothing of the folder.
+        pids = [int(pid) for pid in reached.read_text().split()]
+        assert len(pids) == (2 if moment == "slow" else 0)
+        driver.send_signal(number)
+        assert driver.wait(timeout=120) != 0
     time.sleep(0.2)
+    assert not any(map(alive, pids))
     listing = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)
     assert str(tmp_path) not in listing.stdout
 

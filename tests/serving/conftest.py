@@ -14,7 +14,13 @@ def cluster() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         # Ray's default is 10 s, longer than these jobs are at work.
         patch.setenv("RAY_metrics_report_interval_ms", "500")
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        ray.init(
+            address="local",  # whatever cluster RAY_ADDRESS names
+            num_cpus=2,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
         yield
     ray.shutdown()
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +52,12 @@ def reference(model: Path, texts: list[str]) -> torch.Tensor:
     return ReferenceEmbedder(model).embed([tokenizer(text)["input_ids"] for text in texts])
 
 
+@cache
+def reference_of_rows(model: Path, count: int) -> torch.Tensor:
+    """The reference's vectors of the rows of `jsonl`."""
+    return reference(model, [sentence(i) for i in range(count)])
+
+
 def agreement(embeddings: pa.ChunkedArray, expected: torch.Tensor) -> float:
     have = torch.tensor(np.stack(embeddings.to_pylist()))
     return float(torch.nn.functional.cosine_similarity(have.double(), expected.double()).min())
@@ -58,8 +67,7 @@ def check_all_rows(model: Path, output: Path, count: int) -> None:
     """Every row of `jsonl` once, in order, with the reference's vector; nothing half written."""
     table = table_of(str(output))
     assert table["id"].to_pylist() == list(range(count))
-    expected = reference(model, [sentence(i) for i in range(count)])
-    assert agreement(table["embedding"], expected) >= 0.9999
+    assert agreement(table["embedding"], reference_of_rows(model, count)) >= 0.9999
     assert not list(output.rglob(".*"))
 
 
@@ -76,6 +84,16 @@ def embed_command(model: Path, folder: Path | str) -> list[str]:
         *("--input", f"{folder}/in.jsonl", "--output", f"{folder}/out"),
         *("--id-column", "id", "--rows-per-shard", "50", "--engine", json.dumps(ENGINE)),
     ]
+
+
+@contextlib.contextmanager
+def running(command: list[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """A process that does not outlive the block, whatever ends it."""
+    with subprocess.Popen(command, text=True, **options) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 120.0) -> None:

@@ -296,6 +296,7 @@ def test_above_the_queue_the_answer_is_429_at_once(endpoint: Endpoint) -> None:
 
 
 def test_the_metrics_count_by_task(endpoint: Endpoint) -> None:
+    """After the tests above: theirs are the answers with 429, 499 and 504."""
     text = CHAT[0]["content"] * 20
     body = {"model": "gem", "prompt": text, "max_tokens": 400, "ignore_eos": True, "stream": True}
     with endpoint.http() as client, client.stream("POST", "/v1/completions", json=body) as answer:
