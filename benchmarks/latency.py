@@ -1,6 +1,6 @@
 """How long chat waits: behind a text that was just embedded, and beside many that are.
 
-    python benchmarks/latency.py --checkpoint DIR --base DIR [--rounds 3]
+    python benchmarks/latency.py --checkpoint DIR --base DIR [--rounds 3] [--caps TOKENS ...]
         [--out benchmarks/results]
 
 Two tables, of medians over rounds in which what is compared takes turns. **Ask**: 2,000 tokens are
@@ -8,13 +8,14 @@ embedded, then a question is asked about them, and its first token is waited for
 engine, whose prefix cache has them, and with an engine of its own for chat, which has not; eight
 rounds, of a document each. **Beside**: eight chats at a time are answered while texts to embed are
 always waiting, for several values of ``gem_tokens_beside_chat``, and once a round without texts.
-About a quarter of an hour on two cores with AMX that have nothing else to do. Writes
+About half an hour on two cores without AMX that have nothing else to do. Writes
 ``latency.json``, ``latency.md`` and ``latency.png``.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from gem_vllm.machine import serve_dtype
 
 QUESTION, DOCUMENTS = 20, 8
 WAVES = 3
-CAPS: tuple[int | None, ...] = (None, 1024, 512, 256, 128, 64)
+CAPS = (1024, 512, 256, 128, 64)
 
 
 def main() -> None:
@@ -39,17 +40,26 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, required=True, help="a GEM checkpoint")
     parser.add_argument("--base", type=Path, required=True, help="the base it was made from")
     parser.add_argument("--rounds", type=int, default=3, help="the settings take turns this often")
+    parser.add_argument(
+        "--caps",
+        type=int,
+        nargs="+",
+        default=CAPS,
+        help="values of gem_tokens_beside_chat, beside none",
+    )
     add_out(parser)
     args = parser.parse_args()
     if args.rounds < 1:
         raise GemError(f"--rounds is {args.rounds}; take 3 or more for figures to quote")
+    if min(args.caps) < 1:
+        raise GemError(f"--caps has {min(args.caps)}; give numbers of tokens from 1 on")
     of_run = about("vllm", "torch", "transformers")
     documents, questions = read_documents(args.base)
     texts = read_texts(args.base)
     with engine(args.checkpoint) as gem, engine(args.base) as plain:
         asked = ask(gem, plain, documents, questions)
         load = {"prompts": texts["prompts"], "texts": texts["texts"]["embed 230"]}
-        beside = chat_beside(gem, load, args.rounds)
+        beside = chat_beside(gem, load, args.rounds, args.caps)
     result = {
         "ask": asked,
         "beside": beside,
@@ -100,12 +110,12 @@ def ask(
 
 
 def chat_beside(
-    gem: Connection, load: dict[str, Any], rounds: int
+    gem: Connection, load: dict[str, Any], rounds: int, caps: Sequence[int]
 ) -> dict[str, list[dict[str, Any]]]:
     """Rounds of `latency_peer.beside_texts` by setting, in an order that turns round."""
     settings = {
         "alone": {"cap": None, "with_texts": False},
-        **{str(cap): {"cap": cap, "with_texts": True} for cap in CAPS},
+        **{str(cap): {"cap": cap, "with_texts": True} for cap in (None, *caps)},
     }
     request(gem, "beside", **load, **settings["None"], waves=1)  # to warm up
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in settings}

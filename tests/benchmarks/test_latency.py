@@ -92,9 +92,11 @@ def test_the_engines_take_turns_at_the_question(requests: list[Request]) -> None
 
 def test_the_settings_take_turns_beside_texts(requests: list[Request]) -> None:
     gem: Any = "gem"
-    found = latency.chat_beside(gem, {"prompts": [[1]], "texts": [[2]]}, rounds=2)
+    found = latency.chat_beside(
+        gem, {"prompts": [[1]], "texts": [[2]]}, rounds=2, caps=latency.CAPS
+    )
     caps = [arguments["cap"] for _, _, arguments in requests[1:]]
-    assert caps[:7] == [None, *latency.CAPS]
+    assert caps[:7] == [None, None, *latency.CAPS]
     assert caps[7:] == caps[:7][::-1]
     alone = [n for n, (*_, arguments) in enumerate(requests) if not arguments["with_texts"]]
     assert alone == [1, 14]
