@@ -73,6 +73,11 @@ def check_writable(folder: Path, *, weight_bytes: int = 0) -> None:
         )
 
 
+def folder_name(path: str | Path) -> str:
+    """What a folder is called, the working folder too; a link by its own name."""
+    return Path(os.path.abspath(path)).name
+
+
 def writable_parent(path: Path) -> Path:
     """The nearest folder above ``path`` that is there; GemError where it cannot be written in."""
     existing = next(parent for parent in path.absolute().parents if os.path.exists(parent))

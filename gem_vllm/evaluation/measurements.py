@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from gem_vllm.evaluation.language import load_named, run_language_tasks
 from gem_vllm.evaluation.mean_pooling import MeanEmbedder
 from gem_vllm.evaluation.options import MMLU_SHOTS, EvaluateOptions
 from gem_vllm.evaluation.report import Column
-from gem_vllm.folders import write_json
+from gem_vllm.folders import folder_name, write_json
 from gem_vllm.machine import engine_workers, environment, serve_environment
 
 # Examples before each question, by kind of language task; others have their tasks' own number.
@@ -61,7 +60,7 @@ class Measurements:
             folder: the base's.
             revision: of its contents.
         """
-        name = Path(os.path.abspath(folder)).name
+        name = folder_name(folder)
         column = Column("base", name, {}, {})
 
         def embedder() -> Embedder:
@@ -138,7 +137,7 @@ class Measurements:
         def engine() -> Any:
             if not started:
                 self._fetch()
-                self._report(f"{Path(os.path.abspath(model)).name}: starting vLLM")
+                self._report(f"{folder_name(model)}: starting vLLM")
                 from vllm import LLM
 
                 with environment(serve_environment(engine_workers(self._options.engine))):

@@ -10,7 +10,7 @@ from typing import Any
 
 from gem_vllm.config import GemConfig
 from gem_vllm.errors import GemError
-from gem_vllm.folders import content_sha256, read_json, refuse_inside
+from gem_vllm.folders import content_sha256, folder_name, read_json, refuse_inside
 from gem_vllm.machine import check_engine_options, engine_defaults
 
 PROMPT_TYPES = ("query", "document")
@@ -56,7 +56,7 @@ class EvaluateOptions:
     @property
     def model_name(self) -> str:
         """The model's in results: its folder's name, or the last part of its name at ``url``."""
-        return Path(self.model if self.url else os.path.abspath(self.model)).name
+        return Path(self.model).name if self.url else folder_name(self.model)
 
     def check(self) -> None:
         """Raise GemError for what cannot be evaluated."""
