@@ -111,24 +111,37 @@ def job(checkpoint: Path, texts: list[str], folder: Path) -> tuple[float, list[f
     return (last["rows_done"] - first["rows_done"]) / seconds, memory
 
 
+def bare_loop_apart(args: argparse.Namespace) -> float:
+    """`bare_loop` in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, __file__, *sys.argv[1:], "--bare-loop"],
+        env=serve_environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    # Not by its exit status: a vLLM that has done its work may still stumble as it ends.
+    found = [line for line in done.stdout.splitlines() if line.startswith(RATE)]
+    if not found:
+        raise GemError(f"the bare loop failed with status {done.returncode}; see above")
+    return float(found[0].removeprefix(RATE))
+
+
 def measure(args: argparse.Namespace, texts: list[str]) -> dict[str, Any]:
-    """Rates of both, in turns."""
+    """Rates of both, in an order that turns round."""
     of_run = about("vllm", "torch", "ray")
-    rates: dict[str, list[float]] = {"LLM.embed": [], "gem-vllm embed": []}
     memory: list[float] = []
-    command = [sys.executable, __file__, *sys.argv[1:], "--bare-loop"]
-    for round_ in range(args.rounds):
-        done = subprocess.run(
-            command, env=serve_environment(), stdout=subprocess.PIPE, text=True, check=False
-        )
-        # Not by its exit status: a vLLM that has done its work may still stumble as it ends.
-        found = [line for line in done.stdout.splitlines() if line.startswith(RATE)]
-        if not found:
-            raise GemError(f"the bare loop failed with status {done.returncode}; see above")
-        rates["LLM.embed"].append(float(found[0].removeprefix(RATE)))
+
+    def embed_job() -> float:
         with tempfile.TemporaryDirectory() as folder:
-            of_job, memory = job(args.checkpoint, texts, Path(folder))
-        rates["gem-vllm embed"].append(of_job)
+            rate, memory[:] = job(args.checkpoint, texts, Path(folder))
+        return rate
+
+    ways = {"LLM.embed": lambda: bare_loop_apart(args), "gem-vllm embed": embed_job}
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    for round_ in range(args.rounds):
+        for name in ways if round_ % 2 == 0 else reversed(ways):
+            rates[name].append(ways[name]())
         print(
             f"round {round_ + 1}: " + ", ".join(f"{k} {v[-1]:.1f}/s" for k, v in rates.items()),
             flush=True,

@@ -31,7 +31,7 @@ from gem_vllm.machine import serve_dtype
 
 QUESTION, DOCUMENTS = 20, 8
 WAVES = 3
-CAPS = (1024, 512, 256, 128, 64)
+CAPS = (256, 128, 64, 32, 16)
 
 
 def main() -> None:

@@ -80,6 +80,13 @@ def first_token(llm: Any, ids: list[int]) -> float:
     return time.perf_counter() - started
 
 
+def bound_texts(scheduler: Any, cap: int | None) -> None:
+    """Have a scheduler go on as one that was made with a ``gem_tokens_beside_chat`` of ``cap``."""
+    scheduler._tokens_beside_chat = cap
+    # Without a cap nothing sets this, which still has the room of the cap before.
+    scheduler.max_num_scheduled_tokens = scheduler._tokens_of_a_step
+
+
 def beside_texts(
     llm: Any,
     prompts: list[list[int]],
@@ -99,7 +106,7 @@ def beside_texts(
     from vllm.sampling_params import RequestOutputKind
 
     core = llm.llm_engine
-    core.engine_core.engine_core.scheduler._tokens_beside_chat = cap
+    bound_texts(core.engine_core.engine_core.scheduler, cap)
     llm.reset_prefix_cache()
     greedy = SamplingParams(
         temperature=0.0,
