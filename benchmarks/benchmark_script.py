@@ -52,6 +52,10 @@ def results_folder(argument: str) -> Path:
     return folder
 
 
+# Of the environment of a vLLM that is compared with one engine: as where gem-vllm is not installed.
+PLAIN_VLLM = {"VLLM_PLUGINS": ""}
+
+
 def about(*packages: str) -> dict[str, str]:
     """Where, with what and when a result is measured; for a script to ask before it measures.
 

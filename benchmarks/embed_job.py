@@ -3,7 +3,8 @@
     python benchmarks/embed_job.py --checkpoint DIR --data texts.txt.gz      # about 10 minutes
 
 Both embed the same texts with the same engine options, in turns. Rates leave the start of the
-engine out: the loop's is taken after a first batch, the job's after its first shard. Writes
+engine out: the loop's is taken after a first batch; the job's between two shards in its midst, with
+as many others under way. Writes
 ``embed_job.json`` and ``embed_job.md`` to ``--out``.
 """
 
@@ -28,9 +29,11 @@ from gem_vllm.errors import GemError
 from gem_vllm.machine import serve_dtype, serve_environment
 from gem_vllm.serving.job import run_embed_job
 from gem_vllm.serving.options import EmbedOptions, ReplicaOptions
+from gem_vllm.serving.pool import CALLS_IN_FLIGHT
 
 TARGET = 0.9
 BATCH = 1024
+SHARD = 128
 # Before the rate on the bare loop's standard output, where vLLM writes too.
 RATE = "texts/s: "
 ENGINE: dict[str, Any] = {
@@ -89,7 +92,7 @@ def bare_loop(checkpoint: Path, texts: list[str]) -> float:
 
 
 def job(checkpoint: Path, texts: list[str], folder: Path) -> tuple[float, list[float]]:
-    """Texts a second of the job, the first shard left out; the driver's MiB after each shard."""
+    """Texts a second of the job in full swing; the driver's MiB after each shard."""
     source = folder / "texts.txt"
     source.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
     reports: list[dict[str, Any]] = []
@@ -103,10 +106,11 @@ def job(checkpoint: Path, texts: list[str], folder: Path) -> tuple[float, list[f
         model=checkpoint.absolute(),
         input=str(source),
         output=str(folder / "out"),
-        rows_per_shard=BATCH // 2,
+        rows_per_shard=SHARD,
     )
     run_embed_job(options, ReplicaOptions(engine=ENGINE), report)
-    first, last = reports[0], reports[-1]
+    # With the first report another shard is nearly embedded, and not counted; with the last none.
+    first, last = reports[CALLS_IN_FLIGHT], reports[-1 - CALLS_IN_FLIGHT]
     seconds = last["seconds"] - first["seconds"]
     return (last["rows_done"] - first["rows_done"]) / seconds, memory
 
@@ -134,7 +138,8 @@ def measure(args: argparse.Namespace, texts: list[str]) -> dict[str, Any]:
 
     def embed_job() -> float:
         with tempfile.TemporaryDirectory() as folder:
-            rate, memory[:] = job(args.checkpoint, texts, Path(folder))
+            rate, of_shards = job(args.checkpoint, texts, Path(folder))
+        memory.extend(of_shards)
         return rate
 
     ways = {"LLM.embed": lambda: bare_loop_apart(args), "gem-vllm embed": embed_job}
@@ -175,8 +180,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"Ratio, the median of the rounds': **{statistics.median(ratios):.2f}** "
         f"({ratios[0]:.2f} to {ratios[-1]:.2f}; target {TARGET}).",
         "",
-        f"Driver, resident: {memory['first shard']:.0f} MiB after the first shard, "
-        f"{memory['last shard']:.0f} MiB after the last.",
+        f"Driver, resident: {memory['first shard']:.0f} MiB after the first shard of the first "
+        f"round, {memory['last shard']:.0f} MiB after the last of the last.",
         "",
         *about_table(result["about"]),
         "",

@@ -96,16 +96,23 @@ def idle_cores(servers: Sequence[Server]) -> float:
 
 
 @contextlib.contextmanager
-def vllm_serve(checkpoint: Path, options: Mapping[str, Any], log: Path) -> Iterator[Server]:
+def vllm_serve(
+    checkpoint: Path,
+    options: Mapping[str, Any],
+    log: Path,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[Server]:
     """`vllm serve` on all cores, parked once it answers.
 
     Args:
         checkpoint: to serve as `MODEL`.
         options: of the engine (`EngineArgs`).
         log: file for its output.
+        environment: beside this process's.
     """
     command = ["vllm", "serve", str(checkpoint), *flags({**options, "dtype": serve_dtype()})]
-    with _started("vllm serve", command, serve_environment(), log) as server:
+    env = {**serve_environment(), **(environment or {})}
+    with _started("vllm serve", command, env, log) as server:
         yield server
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from benchmark_script import PLAIN_VLLM
 
 from gem_vllm.demo.processes import process_group
 from gem_vllm.errors import GemError
@@ -55,6 +56,8 @@ class Peer:
         env.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         if setup["kind"] == "transformers":
             env.pop("LD_PRELOAD", None)
+        if setup["kind"] != "gem":
+            env |= PLAIN_VLLM
         command = [sys.executable, Path(__file__).resolve(), path]
         with socket.socket(socket.AF_UNIX) as server:
             server.bind(str(path))

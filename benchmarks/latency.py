@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from benchmark_script import about, add_out, run_script
+from benchmark_script import PLAIN_VLLM, about, add_out, run_script
 from engine_facts import PROMPTS, TEXTS, read_paragraphs, read_texts
 from latency_peer import engine, request
 from latency_report import DOCUMENT, markdown, plot
@@ -56,7 +56,7 @@ def main() -> None:
     of_run = about("vllm", "torch", "transformers")
     documents, questions = read_documents(args.base)
     texts = read_texts(args.base)
-    with engine(args.checkpoint) as gem, engine(args.base) as plain:
+    with engine(args.checkpoint, {}) as gem, engine(args.base, PLAIN_VLLM) as plain:
         asked = ask(gem, plain, documents, questions)
         load = {"prompts": texts["prompts"], "texts": texts["texts"]["embed 230"]}
         beside = chat_beside(gem, load, args.rounds, args.caps)

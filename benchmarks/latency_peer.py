@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -26,11 +26,11 @@ ENGINE_OPTIONS: dict[str, Any] = {
 
 
 @contextmanager
-def engine(folder: Path) -> Iterator[Connection]:
+def engine(folder: Path, environment: Mapping[str, str]) -> Iterator[Connection]:
     """An engine in a process of its own, which idles without using a core."""
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
-    process = spawn.Process(target=serve, args=(theirs, folder))
+    process = spawn.Process(target=serve, args=(theirs, folder, environment))
     process.start()
     theirs.close()
     try:
@@ -48,8 +48,9 @@ def request(peer: Connection, name: str, **arguments: Any) -> Any:
     return peer.recv()
 
 
-def serve(peer: Connection, folder: Path) -> None:
-    """The process of an engine."""
+def serve(peer: Connection, folder: Path, environment: Mapping[str, str]) -> None:
+    """The process of an engine; ``environment``: beside this one's."""
+    os.environ.update(environment)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     from vllm import LLM
@@ -107,7 +108,8 @@ def beside_texts(
 
     core = llm.llm_engine
     bound_texts(core.engine_core.engine_core.scheduler, cap)
-    llm.reset_prefix_cache()
+    if not llm.reset_prefix_cache():
+        raise RuntimeError("requests of the setting before still hold KV blocks")
     greedy = SamplingParams(
         temperature=0.0,
         max_tokens=ANSWER,

@@ -1,4 +1,4 @@
-"""What a GEM checkpoint adds to the start of `vllm serve`, beside its base.
+"""What gem-vllm and a GEM checkpoint add to the start of `vllm serve`, beside its base.
 
     python benchmarks/startup.py --model CHECKPOINT --base BASE [--rounds 5] [--out DIR]
 
@@ -21,12 +21,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmark_script import add_out, commit, hardware, run_script, shown_command
+from benchmark_script import PLAIN_VLLM, add_out, commit, hardware, run_script, shown_command
 from endpoint_servers import vllm_serve
 
 from gem_vllm.demo.processes import terminated_like_interrupted
 from gem_vllm.folders import write_json
 
+BASE = "base"
 OPTIONS = {"max_model_len": 1024, "kv_cache_memory_bytes": 1 << 30}
 
 
@@ -51,7 +52,7 @@ def main() -> None:
         "command": shown_command(sys.argv),
     }
     with terminated_like_interrupted():
-        seconds = measure({"base": args.base, "GEM checkpoint": args.model}, args.rounds)
+        seconds = measure({BASE: args.base, "GEM checkpoint": args.model}, args.rounds)
     result = {"seconds": seconds, **of_run}
     write_json(args.out / "startup.json", result)
     (args.out / "startup.md").write_text(markdown(result), encoding="utf-8")
@@ -62,18 +63,18 @@ def measure(folders: dict[str, Path], rounds: int) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {name: [] for name in folders}
     for turn in range(rounds + 1):
         for name in folders if turn % 2 == 0 else reversed(folders):
-            taken = start_seconds(folders[name])
+            taken = start_seconds(folders[name], PLAIN_VLLM if name == BASE else {})
             print(f"{name}: {taken:.1f} s{'' if turn else ' (not counted)'}", flush=True)
             if turn:
                 seconds[name].append(taken)
     return seconds
 
 
-def start_seconds(folder: Path) -> float:
+def start_seconds(folder: Path, environment: Mapping[str, str]) -> float:
     """From the command to the first answer of `vllm serve`."""
     with tempfile.TemporaryDirectory() as logs:
         begin = time.monotonic()
-        with vllm_serve(folder, OPTIONS, Path(logs) / "server.log"):
+        with vllm_serve(folder, OPTIONS, Path(logs) / "server.log", environment):
             return time.monotonic() - begin
 
 
@@ -85,19 +86,20 @@ def markdown(result: Mapping[str, Any]) -> str:
         f"| {name} | {median[name]:.1f} | {min(taken):.1f} to {max(taken):.1f} |"
         for name, taken in seconds.items()
     ]
-    added = [b - a for a, b in zip(seconds["base"], seconds["GEM checkpoint"], strict=True)]
+    added = [b - a for a, b in zip(seconds[BASE], seconds["GEM checkpoint"], strict=True)]
     return "\n".join(
         [
             "# The start of `vllm serve`",
             "",
-            "From the command to the first answer, with vLLM's caches filled.",
+            "From the command to the first answer, with vLLM's caches filled; the base as where "
+            "gem-vllm is not installed.",
             "",
             "| | median, s | from, to |",
             "|---|---|---|",
             *rows,
             "",
             f"Added, the median of the rounds' differences: {statistics.median(added):+.1f} s "
-            f"({min(added):+.1f} to {max(added):+.1f}) of {median['base']:.1f} s.",
+            f"({min(added):+.1f} to {max(added):+.1f}) of {median[BASE]:.1f} s.",
             "",
             f"```\n{result['command']}\n```",
             "",

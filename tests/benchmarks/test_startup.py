@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,8 @@ def test_what_is_added_is_the_median_of_the_rounds_differences() -> None:
 def test_none_is_always_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[str] = []
 
-    def start_seconds(folder: Path) -> float:
+    def start_seconds(folder: Path, environment: Mapping[str, str]) -> float:
+        assert environment == ({"VLLM_PLUGINS": ""} if folder.name == "base" else {})
         started.append(folder.name)
         return float(len(started))
 
