@@ -1,25 +1,38 @@
-"""What words alone find: mteb's BM25 on the retrieval and reranking tasks of a folder.
+"""What words alone tell: mteb's BM25, and the cosine of weighted words, on the tasks of a folder.
 
     python benchmarks/bm25.py --tasks DIR [--out benchmarks/results]
 
-Writes ``bm25.json`` and ``bm25.md``. Tasks are read as ``gem-vllm evaluate --local`` reads them, so
-the figures stand beside its own.
+BM25 retrieves and reranks; the cosine is of pairs of sentences. Writes ``bm25.json`` and
+``bm25.md``. Tasks are read as ``gem-vllm evaluate --local`` reads them, so the figures stand beside
+its own.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import mteb
+import numpy as np
+import Stemmer
 from benchmark_script import about, about_table, add_out, run_script
+from engine_facts import TEXTS, read_paragraphs
+from mteb.abstasks.pair_classification import AbsTaskPairClassification
 from mteb.abstasks.retrieval import AbsTaskRetrieval
+from mteb.abstasks.sts import AbsTaskSTS
+from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
+from sklearn.pipeline import make_pipeline
 
+from gem_vllm.evaluation.encoder import GemEncoder
 from gem_vllm.evaluation.local_tasks import find_tasks, local_task
 from gem_vllm.folders import write_json
 
 MODEL = "mteb/baseline-bm25s"
+# More than the words of a task: few share a number.
+HASHES = 1 << 14
 
 
 def main() -> None:
@@ -28,41 +41,72 @@ def main() -> None:
     parser.add_argument("--tasks", type=Path, required=True, help="folder with a folder a task")
     add_out(parser)
     args = parser.parse_args()
-    of_run = about("mteb", "bm25s")
-    result = {"scores": bm25_scores(args.tasks), "about": of_run}
+    of_run = about("mteb", "bm25s", "scikit-learn")
+    result = {"scores": scores_of(args.tasks), "about": of_run}
     write_json(args.out / "bm25.json", result)
     (args.out / "bm25.md").write_text(markdown(result), encoding="utf-8")
     print(result["scores"])
 
 
-def bm25_scores(tasks: Path) -> dict[str, dict[str, float]]:
-    """Main score, by its name, of each task in ``tasks`` that retrieves or reranks."""
-    model = mteb.get_model(MODEL)
-    scores = {}
+def scores_of(tasks: Path) -> dict[str, dict[str, Any]]:
+    """Main score and its name, and of what it is, of each task in ``tasks`` that words can do."""
+    bm25 = mteb.get_model(MODEL)
+    cosine = GemEncoder(WordVectors(read_paragraphs(TEXTS)), "words", "0")
+    scores: dict[str, dict[str, Any]] = {}
     for name, folder in find_tasks(tasks).items():
         task = local_task(folder)
         if isinstance(task, AbsTaskRetrieval):
-            result = mteb.evaluate(model, task, cache=None, co2_tracker=False)
-            score = float(result.task_results[0].main_score)
-            scores[name] = {task.metadata.main_score: score}
+            by, model = "BM25", bm25
+        elif isinstance(task, AbsTaskSTS | AbsTaskPairClassification):
+            by, model = "cosine", cosine
+        else:
+            continue
+        result = mteb.evaluate(model, task, cache=None, co2_tracker=False).task_results[0]
+        scores[name] = {
+            "by": by,
+            "metric": task.metadata.main_score,
+            "score": float(result.main_score),
+        }
     return scores
+
+
+class WordVectors:
+    """A text as its stemmed words, each weighted by how rare it is (tf-idf); an `Embedder`.
+
+    Args:
+        texts: in which to count how many have a word.
+    """
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        stemmer = Stemmer.Stemmer("english")
+
+        def words(text: str) -> list[str]:
+            return stemmer.stemWords(re.findall(r"\w+", text.lower()))
+
+        self._vectors = make_pipeline(
+            HashingVectorizer(analyzer=words, n_features=HASHES, alternate_sign=False, norm=None),
+            TfidfTransformer(sublinear_tf=True),
+        ).fit(texts)
+
+    def embed(self, texts: list[str]) -> np.ndarray:
+        return self._vectors.transform(texts).toarray().astype(np.float32)
 
 
 def markdown(result: dict[str, Any]) -> str:
     """The table."""
     rows = [
-        f"| {name} | {metric} | {score:.4f} |"
-        for name, scores in result["scores"].items()
-        for metric, score in scores.items()
+        f"| {name} | {score['metric']} | {score['by']} | {score['score']:.4f} |"
+        for name, score in result["scores"].items()
     ]
     return "\n".join(
         [
-            "# BM25",
+            "# Words alone",
             "",
-            "English stemmer and stop words, as mteb's baseline has them; no model.",
+            "BM25: English stemmer and stop words, as mteb's baseline has them. Cosine: of stemmed "
+            "words, weighted by tf-idf, counted in the examples' texts. No model.",
             "",
-            "| task | metric | BM25 |",
-            "|---|---|---|",
+            "| task | metric | by | score |",
+            "|---|---|---|---|",
             *rows,
             "",
             *about_table(result["about"]),
