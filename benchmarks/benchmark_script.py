@@ -20,6 +20,8 @@ from gem_vllm.errors import GemError
 from gem_vllm.machine import cpu_name, has_cuda
 
 ROOT = Path(__file__).resolve().parents[1]
+# Environment of the vLLM that is compared with one engine: as where gem-vllm is not installed.
+PLAIN_VLLM = {"VLLM_PLUGINS": ""}
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -50,10 +52,6 @@ def results_folder(argument: str) -> Path:
     if not os.access(folder, os.W_OK | os.X_OK):
         raise argparse.ArgumentTypeError(f"nothing can be written in {folder}")
     return folder
-
-
-# Of the environment of a vLLM that is compared with one engine: as where gem-vllm is not installed.
-PLAIN_VLLM = {"VLLM_PLUGINS": ""}
 
 
 def about(*packages: str) -> dict[str, str]:

@@ -1,11 +1,10 @@
 """`gem-vllm embed` with one replica against a bare `LLM.embed` loop, and the driver's memory.
 
-    python benchmarks/embed_job.py --checkpoint DIR --data texts.txt.gz      # about 10 minutes
+    python benchmarks/embed_job.py --checkpoint DIR --data texts.txt.gz      # about 15 minutes
 
 Both embed the same texts with the same engine options, in turns. Rates leave the start of the
 engine out: the loop's is taken after a first batch; the job's between two shards in its midst, with
-as many others under way. Writes
-``embed_job.json`` and ``embed_job.md`` to ``--out``.
+as many others under way. Writes ``embed_job.json`` and ``embed_job.md`` to ``--out``.
 """
 
 from __future__ import annotations
@@ -109,7 +108,7 @@ def job(checkpoint: Path, texts: list[str], folder: Path) -> tuple[float, list[f
         rows_per_shard=SHARD,
     )
     run_embed_job(options, ReplicaOptions(engine=ENGINE), report)
-    # With the first report another shard is nearly embedded, and not counted; with the last none.
+    # At the first report another shard is nearly embedded, and not counted; at the last none is.
     first, last = reports[CALLS_IN_FLIGHT], reports[-1 - CALLS_IN_FLIGHT]
     seconds = last["seconds"] - first["seconds"]
     return (last["rows_done"] - first["rows_done"]) / seconds, memory
