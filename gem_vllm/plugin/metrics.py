@@ -16,12 +16,12 @@ Metrics go to Prometheus' registry, or to Ray's where the engine is a replica on
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 import prometheus_client
 from vllm.config import VllmConfig
-from vllm.v1.metrics import ray_wrappers
 from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import (
     FinishedRequestStats,
@@ -90,9 +90,13 @@ class _Metrics:
     @functools.cache
     def of_process() -> _Metrics:
         """Prometheus' own, or Ray's in a replica on Ray Serve."""
-        if ray_wrappers._get_replica_id() is None:
-            return _Metrics(prometheus_client.Counter, prometheus_client.Histogram)
-        return _Metrics(ray_wrappers.RayCounterWrapper, ray_wrappers.RayHistogramWrapper)
+        # A replica has it already; for others it would be most of a second of their start.
+        if "ray.serve" in sys.modules:
+            from vllm.v1.metrics import ray_wrappers
+
+            if ray_wrappers._get_replica_id() is not None:
+                return _Metrics(ray_wrappers.RayCounterWrapper, ray_wrappers.RayHistogramWrapper)
+        return _Metrics(prometheus_client.Counter, prometheus_client.Histogram)
 
 
 class GemStatLogger(StatLoggerBase):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -120,6 +122,18 @@ def test_step_counts_travel_and_leave_nothing_behind() -> None:
     assert stats.waiting_lora_adapters == {"shakespeare": 2}
     assert take_step_counts(stats) == {}
     assert set(STEP_KINDS) == {"embed", "generate", "mixed"}
+
+
+def test_metrics_outside_of_ray_leave_ray_serve_out_of_the_start() -> None:
+    # In a fresh interpreter: other tests may have imported it here.
+    code = (
+        "import sys\n"
+        "from gem_vllm.plugin.metrics import _Metrics\n"
+        "_Metrics.of_process()\n"
+        "print('ray.serve' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
 
 
 @pytest.mark.parametrize("worker", [WORKER, "vllm.v1.worker.cpu_worker.CPUWorker"])
