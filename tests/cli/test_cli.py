@@ -12,6 +12,7 @@ from typer.main import get_command
 from gem_vllm import cli
 from gem_vllm.compat import installed_vllm
 from gem_vllm.errors import GemError
+from tests.imports import imported
 
 SUBCOMMANDS = (
     *("fetch", "train", "mine", "questions", "adapter", "embed", "serve", "key"),
@@ -45,11 +46,7 @@ def test_every_subcommand_has_help(name: str) -> None:
 
 
 def test_help_is_quick_because_nothing_heavy_is_imported() -> None:
-    code = "import sys, gem_vllm.cli; print([m for m in ('torch', 'vllm') if m in sys.modules])"
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert result.stdout.strip() == "[]"
+    assert imported("import gem_vllm.cli", "torch", "vllm") == []
 
 
 def test_what_the_user_can_mend_is_one_line_and_status_2() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,6 +41,7 @@ from gem_vllm.plugin.runner import GemModelRunner
 from gem_vllm.plugin.runner_mixin import GemRunner
 from gem_vllm.plugin.runner_v2 import GemCudaGraphManager, GemModelRunnerV2
 from gem_vllm.plugin.scheduler import append_special_tokens
+from tests.imports import imported
 from tests.plugin.steps import SPECIAL, step_of
 
 
@@ -125,15 +124,8 @@ def test_step_counts_travel_and_leave_nothing_behind() -> None:
 
 
 def test_metrics_outside_of_ray_leave_ray_serve_out_of_the_start() -> None:
-    # In a fresh interpreter: other tests may have imported it here.
-    code = (
-        "import sys\n"
-        "from gem_vllm.plugin.metrics import _Metrics\n"
-        "_Metrics.of_process()\n"
-        "print('ray.serve' in sys.modules)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "False"
+    code = "from gem_vllm.plugin.metrics import _Metrics; _Metrics.of_process()"
+    assert imported(code, "ray.serve") == []
 
 
 @pytest.mark.parametrize("worker", [WORKER, "vllm.v1.worker.cpu_worker.CPUWorker"])

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 
 from gem_vllm.training import round_trip
 from gem_vllm.training.round_trip import found_again
+from tests.imports import imported
 
 RIVER = "The river rises in the hills of Cork and flows east for ninety miles."
 BREAD = "The bread is baked in a wood oven for an hour, from rye and wheat."
@@ -39,13 +37,9 @@ def test_of_nothing_nothing_is_kept() -> None:
 
 
 def test_search_leaves_numba_out_of_this_process() -> None:
-    # Beside llvmlite, vLLM 0.32 starts no engine on the CPU. In a fresh interpreter: other tests
-    # may have imported it here.
+    # Beside llvmlite, vLLM 0.32 starts no engine on the CPU.
     code = (
-        "import sys\n"
         "from gem_vllm.training.round_trip import found_again\n"
         "assert list(found_again([('of rivers', 'rivers run'), ('of hills', 'hills rise')]))\n"
-        "print([name for name in ('bm25s', 'numba', 'llvmlite') if name in sys.modules])\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert imported(code, "bm25s", "numba", "llvmlite") == []
