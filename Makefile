@@ -20,11 +20,12 @@ lint: setup  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy gem_vllm
 
+# The variable: pytest's own handler is gone before the interpreter ends, which can crash too.
 test: lint  ## lint, then the tests
-	$(BIN)/pytest
+	PYTHONFAULTHANDLER=1 $(BIN)/pytest
 
 test-full: lint  ## lint, then all tests, those too that take minutes each
-	$(BIN)/pytest -m "not gpu"
+	PYTHONFAULTHANDLER=1 $(BIN)/pytest -m "not gpu"
 
 test-gpu: setup  ## the tests that need a CUDA device; without one they are skipped
 	$(BIN)/pytest -m gpu tests/gpu
