@@ -17,8 +17,8 @@ from typing import Any
 import psutil
 
 from gem_vllm.demo.processes import process_group
-from gem_vllm.demo.server import free_port, wait_until_healthy
-from gem_vllm.machine import serve_dtype, serve_environment
+from gem_vllm.demo.server import wait_until_healthy
+from gem_vllm.machine import free_ports, serve_dtype, serve_environment
 
 MODEL = "gem"
 STOP_SECONDS = 60.0
@@ -150,7 +150,7 @@ def flags(options: Mapping[str, Any]) -> list[str]:
 def _started(
     name: str, command: Sequence[str], env: Mapping[str, str], log: Path
 ) -> Iterator[Server]:
-    port = free_port()
+    (port,) = free_ports(1)
     program = Path(sys.executable).with_name(command[0])
     arguments = ("--host", "127.0.0.1", "--port", str(port), "--served-model-name", MODEL)
     with process_group([program, *command[1:], *arguments], env=env, log=log) as process:

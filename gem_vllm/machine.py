@@ -1,4 +1,4 @@
-"""What vLLM needs to be told about the machine at hand."""
+"""The machine at hand: what vLLM needs to be told about it, and what of it is free."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import inspect
 import math
 import os
 import platform
+import random
+import socket
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
@@ -19,6 +21,8 @@ from gem_vllm.errors import GemError
 CPUINFO = Path("/proc/cpuinfo")
 CPU_CACHE_BYTES = 2 << 30
 _OPENMP = ("libgomp", "libomp", "libiomp")
+# By itself the system gives out ports from 32768 on, Ray 10002 to 19999, Kubernetes 30000 and on.
+PORTS = range(20_000, 30_000)
 
 
 def serve_dtype() -> str:
@@ -139,3 +143,20 @@ def _cpu_has_bfloat16() -> bool:
         return False
     flags = CPUINFO.read_text(encoding="utf-8", errors="replace").split()
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nothing listens on, for what listens a while later: of those given to nobody else.
+
+    Raises:
+        GemError: there are not so many.
+    """
+    found: list[int] = []
+    with contextlib.ExitStack() as sockets:
+        for port in random.SystemRandom().sample(PORTS, len(PORTS)):
+            with contextlib.suppress(OSError):
+                sockets.enter_context(socket.create_server(("", port)))
+                found.append(port)
+            if len(found) == count:
+                return found
+    raise GemError(f"of the ports from {PORTS[0]} to {PORTS[-1]}, {len(found)} are free")

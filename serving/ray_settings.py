@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
-from gem_vllm.machine import environment
+from gem_vllm.machine import environment, free_ports
 
 # So long HAProxy keeps a connection on which nothing is sent (Ray's default).
 MAX_TIMEOUT_S = 3600
@@ -51,12 +50,7 @@ def own_ray_settings() -> Iterator[None]:
     """The environment of a Ray that this process is going to start, and HAProxy's folder in it."""
     with tempfile.TemporaryDirectory(prefix="gem-haproxy-", ignore_cleanup_errors=True) as folder:
         files = {name: str(Path(folder, file)) for name, file in FILES.items()}
-        settings = {**RAY_SETTINGS, **files, **_free_ports()}
+        ports = dict(zip(PORTS, map(str, free_ports(len(PORTS))), strict=True))
+        settings = {**RAY_SETTINGS, **files, **ports}
         with environment({name: settings[name] for name in settings.keys() - os.environ.keys()}):
             yield
-
-
-def _free_ports() -> dict[str, str]:
-    with ExitStack() as open_sockets:
-        sockets = [open_sockets.enter_context(socket.create_server(("", 0))) for _ in PORTS]
-        return {name: str(one.getsockname()[1]) for name, one in zip(PORTS, sockets, strict=True)}

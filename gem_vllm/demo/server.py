@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ import httpx
 
 from gem_vllm.demo.processes import process_group
 from gem_vllm.errors import GemError
-from gem_vllm.machine import serve_dtype, serve_environment
+from gem_vllm.machine import free_ports, serve_dtype, serve_environment
 
 SERVED_NAME = "gem"
 CONTEXT_TOKENS = 2048
@@ -35,7 +34,7 @@ def serve(checkpoint: Path, log: Path, on_wait: Callable[[float], None]) -> Iter
         GemError: the server ended, did not answer within `START_SECONDS`, or stopped answering in
             the block; the message closes with the end of its log.
     """
-    port = free_port()
+    (port,) = free_ports(1)
     with process_group(serve_command(checkpoint, port), env=serve_environment(), log=log) as server:
         url = f"http://127.0.0.1:{port}"
         wait_until_healthy(server, url, log, seconds=START_SECONDS, on_wait=on_wait)
@@ -95,13 +94,6 @@ def wait_until_healthy(
         on_wait(waited)
         time.sleep(0.5)
     raise GemError(f"{name} did not answer within {seconds:.0f} seconds\n{_tail(log)}")
-
-
-def free_port() -> int:
-    """A port of this machine that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _tail(log: Path) -> str:

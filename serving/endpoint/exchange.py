@@ -57,7 +57,7 @@ class Answer:
 
     def __init__(self, scope: Scope, send: Send, cors: Mapping[str, Any] | None) -> None:
         self._scope, self._send, self._cors = scope, send, cors
-        self._begun = self._streamed = self._ended = False
+        self._begun = self._streamed = self._whole = self._ended = False
 
     def end(self) -> None:
         """Send no more of vLLM's answer."""
@@ -73,10 +73,14 @@ class Answer:
                 name.lower() == b"content-type" and value.startswith(STREAM)
                 for name, value in message["headers"]
             )
+        elif not message.get("more_body"):
+            self._whole = True
         await self._send(message)
 
     async def refuse(self, refused: Refused) -> None:
         """End with a refusal; where a stream has begun, with an error event.
+
+        An answer that was sent as a whole, just before its time was over, stays as it is.
 
         Raises:
             Refused: an answer that is no stream has begun; its client sees that it breaks off.
@@ -86,6 +90,8 @@ class Answer:
             if self._cors is not None:
                 response = CORSMiddleware(response, **self._cors)
             await response(self._scope, _nothing_more, self._send)
+            return
+        if self._whole:
             return
         if not self._streamed:
             raise refused

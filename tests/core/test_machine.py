@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
@@ -78,3 +79,13 @@ def test_an_option_that_is_not_the_engines_is_named(option: str) -> None:
     machine.check_engine_options({"max_model_len": 512, "compilation_config": 0})
     with pytest.raises(GemError, match=f"--engine cannot set {option}: "):
         machine.check_engine_options({"max_model_len": 512, option: 1})
+
+
+def test_ports_that_something_listens_on_are_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = machine.free_ports(2)
+    monkeypatch.setattr(machine, "PORTS", [first, second])
+    with socket.create_server(("127.0.0.1", first)):
+        assert machine.free_ports(1) == [second]
+        with pytest.raises(GemError, match="1 are free"):
+            machine.free_ports(2)
+    assert set(machine.free_ports(2)) == {first, second}

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ import pytest
 from gem_vllm.demo import processes
 from gem_vllm.demo.processes import process_group, wait_for
 from gem_vllm.errors import GemError
-from tests.demo.stand_ins import alive, started
+from tests.demo.stand_ins import alive, started, until
 
 FAMILY = """
 import os, signal, subprocess, sys, time
@@ -34,13 +33,6 @@ from gem_vllm.demo.processes import process_group, terminated_like_interrupted
 with terminated_like_interrupted(), process_group([sys.executable, "-c", *sys.argv[1:]]):
     time.sleep(600)
 """
-
-
-def until(condition: Callable[[], bool], seconds: float = 120.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return condition()
 
 
 def pids_in(file: Path) -> list[int]:

@@ -13,7 +13,7 @@ import pytest
 from gem_vllm.demo import server
 from gem_vllm.demo.client import Client, Totals
 from gem_vllm.demo.processes import process_group
-from gem_vllm.machine import serve_environment
+from gem_vllm.machine import free_ports, serve_environment
 from tests.tiny import make_tiny_checkpoint
 
 
@@ -34,7 +34,8 @@ def test_every_process_of_the_engine_ends_with_it(
 ) -> None:
     make_tiny_checkpoint("llama", tmp_path / "model", k=1)
     monkeypatch.setattr(server, "CONTEXT_TOKENS", 256)
-    command = server.serve_command(tmp_path / "model", port := server.free_port())
+    (port,) = free_ports(1)
+    command = server.serve_command(tmp_path / "model", port)
     log = tmp_path / "log"
     with process_group(command, env=serve_environment(), log=log) as process:
         url = f"http://127.0.0.1:{port}"

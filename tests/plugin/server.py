@@ -14,7 +14,8 @@ import httpx
 import openai
 
 from gem_vllm.demo.processes import process_group
-from gem_vllm.demo.server import free_port, wait_until_healthy
+from gem_vllm.demo.server import wait_until_healthy
+from gem_vllm.machine import free_ports
 from gem_vllm.reference import ReferenceEmbedder
 
 LIMIT = 256
@@ -52,7 +53,7 @@ class Server:
 @contextmanager
 def running_server(folder: Path, log: Path, *options: str) -> Iterator[Server]:
     """`vllm serve` of a checkpoint as model ``gem``, in float32 and eager; output goes to `log`."""
-    port = free_port()
+    (port,) = free_ports(1)
     command = [
         *(VLLM, "serve", str(folder), "--port", str(port), "--host", "127.0.0.1"),
         *("--served-model-name", "gem", "--max-model-len", str(LIMIT)),

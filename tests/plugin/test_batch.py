@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
@@ -61,7 +62,7 @@ def test_chunks_of_any_size(texts: list[list[int]], chunks: list[int], with_chat
     states = {name: hidden_states_of(prompt, i) for i, (name, prompt) in enumerate(prompts.items())}
     computed, found = dict.fromkeys(prompts, 0), {}
     model = SimpleNamespace(logits_rows=None, last_mlp=SimpleNamespace(read_rows=None))
-    sizes = iter(chunks * 100)
+    sizes = itertools.cycle(chunks)
     while left := [name for name, n in computed.items() if n < len(prompts[name])]:
         scheduled = [min(next(sizes), len(prompts[name]) - computed[name]) for name in left]
         begin = [computed[name] for name in left]

@@ -1,4 +1,4 @@
-"""A Ray cluster on this machine, for all tests of a module, and the model that jobs have."""
+"""A Ray cluster on this machine, and the model that jobs have."""
 
 from __future__ import annotations
 
@@ -9,8 +9,13 @@ import pytest
 import ray
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
+    """One for all tests of a process.
+
+    Of every cluster behind the first Ray 2.60 leaves a thread that exports metrics, and that may
+    crash while the process ends.
+    """
     with pytest.MonkeyPatch.context() as patch:
         # Ray's default is 10 s, longer than these jobs are at work.
         patch.setenv("RAY_metrics_report_interval_ms", "500")

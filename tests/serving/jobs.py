@@ -96,7 +96,7 @@ def running(command: list[str], **options: Any) -> Iterator[subprocess.Popen[str
             process.kill()
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 120.0) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 400.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"

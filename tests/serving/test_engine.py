@@ -59,4 +59,4 @@ def test_a_request_that_gets_no_answer_is_told_so(
 ) -> None:
     (future,) = WithBrokenEngine(error).embed(["a river"])
     with pytest.raises(told, match=message):
-        future.result(timeout=10)
+        future.result(timeout=120)

@@ -40,7 +40,7 @@ def test_a_replica_that_dies_again_and_again_ends_the_job(model: Path, tmp_path:
     with running(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         driver = psutil.Process(process.pid)
         wait_for(lambda: bool(replicas_of(driver)))
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 600
         while process.poll() is None:
             assert time.monotonic() < deadline, "the job goes on"
             kill(replicas_of(driver))
@@ -64,16 +64,22 @@ def test_a_kill_loses_nothing_and_writes_nothing_twice(
         driver = psutil.Process(process.pid)
         wait_for(lambda: finished_shards(output) >= 2)
         everything = driver.children(recursive=True)
+        replicas = [process for process in everything if is_replica(process)]
+        for replica in replicas:
+            replica.suspend()
         if killed == "replica":
-            replicas_of(driver)[0].kill()
+            replicas[0].kill()
         else:
             driver.send_signal(signal.SIGKILL if killed == "driver" else signal.SIGINT)
-        printed, _ = process.communicate(timeout=180)
+        for replica in replicas:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                replica.resume()
+        printed, _ = process.communicate(timeout=600)
     assert process.returncode == {"replica": 0, "driver": -9, "interrupt": 130}[killed]
     # Whoever had a model in memory is gone.
     wait_for(lambda: not any(is_replica(process) for process in everything))
     if killed != "replica":
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=180)
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=600)
         printed = done.stdout
         assert 0 < json.loads(printed)["this_run"]["rows"] <= ROWS - 100
     assert json.loads(printed)["rows_embedded"] == ROWS
@@ -89,7 +95,7 @@ def test_a_node_that_is_killed_costs_nothing(model: Path, tmp_path: Path) -> Non
         with running(command, stdout=subprocess.PIPE) as process:
             wait_for(lambda: finished_shards(tmp_path / "out") >= 1)
             nodes.kill_node(0)
-            printed, _ = process.communicate(timeout=180)
+            printed, _ = process.communicate(timeout=600)
         wait_for(lambda: not nodes.replicas())
     assert (process.returncode, json.loads(printed)["rows_embedded"]) == (0, ROWS)
     check_all_rows(model, tmp_path / "out", ROWS)

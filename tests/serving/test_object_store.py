@@ -13,7 +13,8 @@ import pytest
 import s3fs
 
 from gem_vllm.demo.processes import process_group
-from gem_vllm.demo.server import free_port, wait_until_healthy
+from gem_vllm.demo.server import wait_until_healthy
+from gem_vllm.machine import free_ports
 from gem_vllm.serving.manifest import DONE
 from tests.serving.jobs import check_all_rows, embed_command, jsonl, running, wait_for
 
@@ -30,7 +31,7 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[s3fs.S3F
     0.32 starts no engine on a CPU: it asks every object of every module for its ``__dict__``, and
     Flask's answer with an error.
     """
-    port = free_port()
+    (port,) = free_ports(1)
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://{HOST}:{port}")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
@@ -58,7 +59,7 @@ def test_a_job_in_an_object_store_is_gone_on_with(
     with running(command, stdout=subprocess.DEVNULL) as process:
         wait_for(lambda: finished() >= 2)
         process.kill()
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=180)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=600)
     summary = json.loads(done.stdout)
     assert summary["rows_embedded"] == ROWS
     assert 0 < summary["this_run"]["rows"] <= ROWS - 100

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 from urllib.request import urlopen
 
 import pytest
@@ -56,17 +57,22 @@ def test_a_replicas_work_is_in_rays_metrics(model: Path, tmp_path: Path) -> None
     (node,) = (node for node in ray.nodes() if node["Alive"])
     url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
 
+    names = {f"ray_gem_job_{name}_total" for name in ("rows", "embedded", "tokens")}
+
     def metrics() -> dict[str, float]:
-        with urlopen(url) as answer:
-            lines = answer.read().decode().splitlines()
+        try:
+            with urlopen(url) as answer:
+                lines = answer.read().decode().splitlines()
+        except URLError:  # The node's exporter is not up yet.
+            return {}
         of_job = [line for line in lines if f'output="{options.output}"' in line]
         return {line.split("{")[0]: float(line.rsplit(" ", 1)[1]) for line in of_job}
 
     with ThreadPoolExecutor(1) as thread:
         job = thread.submit(run_embed_job, options, REPLICAS)
-        wait_for(lambda: bool(metrics()) or job.done())
+        wait_for(lambda: set(metrics()) == names or job.done())
         found = metrics()
         job.result()
-    assert set(found) == {f"ray_gem_job_{name}_total" for name in ("rows", "embedded", "tokens")}
+    assert set(found) == names
     assert 0 < found["ray_gem_job_embedded_total"] <= found["ray_gem_job_rows_total"] <= 4000
     assert found["ray_gem_job_tokens_total"] > found["ray_gem_job_rows_total"]

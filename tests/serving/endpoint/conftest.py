@@ -19,7 +19,7 @@ import openai
 import psutil
 import pytest
 
-from gem_vllm.demo.server import free_port
+from gem_vllm.machine import free_ports
 
 START_SECONDS = 300
 # A tiny model is too quick for tests of what happens in the middle of an answer: they ask for
@@ -53,8 +53,15 @@ class Endpoint:
 
     def http(self, **options: Any) -> httpx.Client:
         """A client with the key."""
+        return httpx.Client(**self._of_client(), **options)
+
+    def async_http(self, **options: Any) -> httpx.AsyncClient:
+        """One whose requests a test can take back."""
+        return httpx.AsyncClient(**self._of_client(), **options)
+
+    def _of_client(self) -> dict[str, Any]:
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        return httpx.Client(base_url=self.url, headers=headers, timeout=120, **options)
+        return {"base_url": self.url, "headers": headers, "timeout": 120}
 
     def post(self, route: str, **body: Any) -> httpx.Response:
         with self.http() as client:
@@ -73,6 +80,10 @@ class Endpoint:
             if line.startswith(f"{name}{{")
             and all(f'{label}="{value}"' in line for label, value in labels.items())
         )
+
+    def requests(self, task: str, code: int) -> float:
+        """How many were answered with this status."""
+        return self.metric("ray_gem_requests_total", task=task, code=str(code))
 
     def replicas(self) -> list[psutil.Process]:
         """The processes of the engines' replicas."""
@@ -112,7 +123,7 @@ def running_endpoint(
         engine: options of the engine, besides `ENGINE`.
         environment: variables, besides this process's.
     """
-    port = free_port()
+    (port,) = free_ports(1)
     command = [
         *(sys.executable, "-m", "gem_vllm.cli", "serve", str(model), "--port", str(port)),
         *("--served-model-name", "gem", "--engine", json.dumps({**ENGINE, **(engine or {})})),

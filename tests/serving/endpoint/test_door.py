@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from gem_vllm.serving.endpoint import door as door_module
 from gem_vllm.serving.endpoint import metrics
@@ -21,12 +21,14 @@ from gem_vllm.serving.endpoint.door import Door, Limits
 from gem_vllm.serving.endpoint.keys import new_key
 
 LIMITS = Limits(
-    request_timeout_s=0.2,
+    request_timeout_s=60,
     max_inputs=16,
     max_body_bytes=1000,
     max_ongoing_requests=2,
     max_queued_requests=3,
 )
+# For requests that have no end but this.
+SHORT = replace(LIMITS, request_timeout_s=0.2)
 Ask = Callable[..., httpx.Response]
 
 
@@ -111,11 +113,13 @@ def client_of(door: Door, *, root_path: str = "") -> httpx.AsyncClient:
 def ask(application: Application, keys: Path) -> Ask:
     """Send a request to a door that wants a key."""
 
-    def send(method: str, path: str, *, root_path: str = "", **options: Any) -> httpx.Response:
+    def send(
+        method: str, path: str, *, root_path: str = "", limits: Limits = LIMITS, **options: Any
+    ) -> httpx.Response:
         async def run() -> httpx.Response:
-            door = Door(application.api, LIMITS, keys)
+            door = Door(application.api, limits, keys)
             async with client_of(door, root_path=root_path) as client:
-                return await asyncio.wait_for(client.request(method, path, **options), 10)
+                return await client.request(method, path, **options)
 
         return asyncio.run(run())
 
@@ -150,7 +154,8 @@ def test_nobody_without_a_key_keeps_the_replica_waiting(
 def test_a_body_that_does_not_come_is_waited_for_no_longer_than_a_request_may_take(
     ask: Ask, key: dict[str, str]
 ) -> None:
-    answer = ask("POST", "/v1/embeddings", content=body_that_does_not_end(), headers=key)
+    body = body_that_does_not_end()
+    answer = ask("POST", "/v1/embeddings", limits=SHORT, content=body, headers=key)
     assert answer.status_code == 408
     assert answer.headers["connection"] == "close"
     assert "longer than 0.2 s" in answer.json()["error"]["message"]
@@ -242,7 +247,7 @@ def test_a_stream_that_takes_too_long_ends_with_an_error_event(
     ask: Ask, key: dict[str, str], application: Application, counted: Counter[tuple[str, str]]
 ) -> None:
     application.answer = lambda: StreamingResponse(slow_stream(), media_type="text/event-stream")
-    answer = ask("POST", "/v1/completions", headers=key, json={"stream": True})
+    answer = ask("POST", "/v1/completions", limits=SHORT, headers=key, json={"stream": True})
     assert answer.status_code == 200
     first, error, done = (line for line in answer.text.splitlines() if line)
     assert first == "data: {}"
@@ -256,7 +261,7 @@ def test_an_answer_that_takes_too_long_is_504(ask: Ask, key: dict[str, str]) -> 
         await asyncio.Event().wait()
 
     async def run() -> httpx.Response:
-        async with client_of(Door(wait, LIMITS, None)) as client:
+        async with client_of(Door(wait, SHORT, None)) as client:
             return await client.post("/v1/embeddings", json={})
 
     answer = asyncio.run(run())
@@ -264,9 +269,29 @@ def test_an_answer_that_takes_too_long_is_504(ask: Ask, key: dict[str, str]) -> 
     assert int(answer.headers["retry-after"]) >= 1
 
 
+@pytest.mark.parametrize("kind", ["application/json", "text/event-stream"])
+def test_an_answer_that_is_whole_when_its_time_is_over_counts_as_one(
+    kind: str, counted: Counter[tuple[str, str]]
+) -> None:
+    async def answer_and_wait(scope: Any, receive: Any, send: Any) -> None:
+        await Response(b"all", media_type=kind)(scope, receive, send)
+        await asyncio.Event().wait()
+
+    async def run() -> httpx.Response:
+        async with client_of(Door(answer_and_wait, SHORT, None)) as client:
+            return await client.post("/v1/embeddings", json={})
+
+    answer = asyncio.run(run())
+    assert (answer.status_code, answer.content) == (200, b"all")
+    assert counted == {("embed", "200"): 1}
+
+
 @pytest.mark.parametrize("ends", ["time", "client"])
-def test_vllm_is_told_of_an_end_whoever_makes_it(ends: str) -> None:
+def test_vllm_is_told_of_an_end_whoever_makes_it(
+    ends: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What it sends after that is nobody's."""
+    monkeypatch.setattr(door_module, "ABORT_GRACE_S", 60)  # it ends as soon as it has heard
     heard: list[str] = []
 
     async def listen(scope: Any, receive: Any, send: Any) -> None:
@@ -275,10 +300,10 @@ def test_vllm_is_told_of_an_end_whoever_makes_it(ends: str) -> None:
         await JSONResponse({"late": True})(scope, receive, send)
 
     async def run() -> int | None:
-        limits = replace(LIMITS, request_timeout_s=0.2 if ends == "time" else 60)
-        async with client_of(Door(listen, limits, None)) as client:
+        async with client_of(Door(listen, SHORT if ends == "time" else LIMITS, None)) as client:
             request = asyncio.create_task(client.post("/v1/embeddings", json={}))
-            await asyncio.sleep(0.1)
+            while not heard:
+                await asyncio.sleep(0)
             if ends == "client":
                 request.cancel()
                 await asyncio.wait([request])
@@ -302,7 +327,7 @@ def test_only_so_many_are_worked_on_and_wait(counted: Counter[tuple[str, str]]) 
         await JSONResponse({})(scope, receive, send)
 
     async def run() -> list[int]:
-        door = Door(work, replace(LIMITS, request_timeout_s=60), None)
+        door = Door(work, LIMITS, None)
         async with client_of(door) as client:
             tasks = [asyncio.create_task(client.post("/v1/completions", json={})) for _ in range(8)]
             refused, waiting = await asyncio.wait(tasks, timeout=0.5)
@@ -319,7 +344,7 @@ def test_only_so_many_are_worked_on_and_wait(counted: Counter[tuple[str, str]]) 
 
 def test_where_the_queue_is_full_a_body_is_not_waited_for() -> None:
     async def run() -> int:
-        limits = replace(LIMITS, request_timeout_s=60, max_ongoing_requests=1)
+        limits = replace(LIMITS, max_ongoing_requests=1)
         door = Door(lambda *_: asyncio.Event().wait(), limits, None)
         async with client_of(door) as client:
             tasks = [asyncio.create_task(client.post("/v1/completions", json={})) for _ in range(4)]

@@ -25,7 +25,7 @@ import ray
 import yaml
 from ray import serve
 
-from gem_vllm.demo.server import free_port
+from gem_vllm.machine import free_ports
 from gem_vllm.serving.endpoint.options import APP_NAME, EndpointOptions
 from gem_vllm.serving.ray_settings import own_ray_settings
 from tests.serving.endpoint.conftest import (
@@ -197,7 +197,7 @@ def test_a_thousand_clients_that_leave_take_their_requests_along(endpoint: Endpo
 
 def test_an_engine_that_cannot_start_ends_the_command_with_its_reason(model: Path) -> None:
     engine = json.dumps({**ENGINE, "additional_config": {"gem_tokens_beside_chat": 0}})
-    port = str(free_port())
+    port = str(*free_ports(1))
     command = [sys.executable, "-m", "gem_vllm.cli", "serve", str(model), "--port", port]
     done = subprocess.run(
         [*command, "--engine", engine], capture_output=True, text=True, timeout=240
@@ -225,7 +225,7 @@ def test_an_update_to_another_checkpoint_is_seen_by_no_client(
     Where there is one replica, requests wait for the new one.
     """
     other = tiny_checkpoint("llama", k=3, max_position_embeddings=16384, seed=7)
-    host, port = "127.0.0.1", free_port()
+    host, (port,) = "127.0.0.1", free_ports(1)
 
     def deploy(checkpoint: Path) -> None:
         options = EndpointOptions(
