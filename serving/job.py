@@ -42,8 +42,8 @@ def run_embed_job(
 ) -> dict[str, Any]:
     """Embed all rows of the input, or go on with what an earlier run has left.
 
-    A process that runs several jobs had better call `ray.init` itself, once: each session of Ray 2.60
-    behind the first leaves a thread that exports metrics, which may crash while the process ends.
+    A process that runs several jobs had better call `ray.init` itself, once: each session of Ray
+    2.60 behind the first leaves a thread that exports metrics, and may crash as the process ends.
 
     Args:
         options: what to do; checked here.
