@@ -30,7 +30,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from gem_vllm.errors import GemError
-from gem_vllm.folders import content_sha256, write_json
+from gem_vllm.folders import content_sha256, read_json, write_json
 from gem_vllm.reference import ReferenceEmbedder
 from gem_vllm.training.model_card import command_line, source_commit
 from gem_vllm.training.options import TrainOptions
@@ -98,7 +98,7 @@ def options_of(k: int, args: argparse.Namespace) -> TrainOptions:
 
 def measure(options: TrainOptions, count: int) -> dict[str, Any]:
     """Exact match and token F1 of so many texts of each length, after the training."""
-    commit = source_commit()
+    commit = commits_of(options.run_folder, source_commit() or "none")
     train(options, resume=True)
     reference = ReferenceEmbedder(options.out)
     rows = held_back(reference.tokenizer, count)
@@ -118,6 +118,17 @@ def measure(options: TrainOptions, count: int) -> dict[str, Any]:
         "hardware": hardware(),
         "commit": commit,
     }
+
+
+def commits_of(run: Path, commit: str) -> str:
+    """What a training is of: this commit, behind those that it was begun and gone on with at."""
+    file = run / "commits.json"
+    commits = read_json(file)["commits"] if file.is_file() else []
+    if commit not in commits:
+        commits.append(commit)
+        run.mkdir(parents=True, exist_ok=True)
+        write_json(file, {"commits": commits})
+    return ", then ".join(commits)
 
 
 def held_back(tokenizer: Any, count: int) -> list[list[int]]:
@@ -159,13 +170,13 @@ def markdown(results: dict[str, Any], rows: Sequence[list[int]]) -> str:
     ]
     by_k = sorted(results.items(), key=lambda item: int(item[0]))
     lines += [table_row(k, result["scores"]) for k, result in by_k]
-    about = {
-        f"{each['texts']} texts of each length; {each['hardware']}, {each['date']}, commit "
-        f"{each['commit']}"
-        for each in results.values()
-    }
+    about: dict[str, list[str]] = {}
+    for k, each in by_k:
+        where = f"{each['hardware']}, {each['date']}, commit {each['commit']}"
+        about.setdefault(f"{each['texts']} texts of each length; {where}", []).append(k)
     commands = [result["command"] for _, result in by_k]
-    return "\n".join([*lines, "", "```", *commands, "```", "", *sorted(about)]) + "\n"
+    shown = [f"- k = {', '.join(of)}: {text}" for text, of in about.items()]
+    return "\n".join([*lines, "", "```", *commands, "```", "", *shown]) + "\n"
 
 
 def table_row(title: str, scores: dict[str, dict[str, float]]) -> str:
