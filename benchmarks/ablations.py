@@ -7,8 +7,8 @@ Trains what is not in ``ablations.json`` yet, one row after the other, and measu
 development tasks (`development.py`); writes ``ablations.md`` from all that is there. A row takes a
 few minutes on two cores; stop it and run it again as you like. Rows of another base, other texts or
 tasks belong into another ``--out``, and another ``--work``, where pairs and the model of the row
-``base`` stay. The rows that are in the repository do not say what they are of: name an ``--out`` of
-your own unless it is to go on with those.
+``base`` stay. Of the rows that are in the repository only ``lora`` says what it is of: name an
+``--out`` of your own unless it is to go on with those.
 """
 
 from __future__ import annotations

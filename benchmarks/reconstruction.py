@@ -54,11 +54,15 @@ def main() -> None:
     file = args.out / "reconstruction.json"
     results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     check_same_settings(file, (each.get("settings", {}) for each in results.values()), settings)
+    # Of the code that is loaded now, whatever is edited while it runs.
+    commit = source_commit() or "unknown"
     for k in args.k:
         if str(k) in results:
             continue
         options = options_of(k, args)
-        results[str(k)] = {**measure(options, args.texts), "settings": settings}
+        commits = commits_of(options.run_folder, commit)
+        measured = measure(options, args.texts)
+        results[str(k)] = {**measured, "commit": commits, "settings": settings}
         write_json(file, results)
         for folder in (options.out, options.run_folder):
             shutil.rmtree(folder)
@@ -98,7 +102,6 @@ def options_of(k: int, args: argparse.Namespace) -> TrainOptions:
 
 def measure(options: TrainOptions, count: int) -> dict[str, Any]:
     """Exact match and token F1 of so many texts of each length, after the training."""
-    commit = commits_of(options.run_folder, source_commit() or "none")
     train(options, resume=True)
     reference = ReferenceEmbedder(options.out)
     rows = held_back(reference.tokenizer, count)
@@ -116,14 +119,14 @@ def measure(options: TrainOptions, count: int) -> dict[str, Any]:
         "command": command_line(options),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "hardware": hardware(),
-        "commit": commit,
     }
 
 
 def commits_of(run: Path, commit: str) -> str:
     """What a training is of: this commit, behind those that it was begun and gone on with at."""
     file = run / "commits.json"
-    commits = read_json(file)["commits"] if file.is_file() else []
+    begun = ["unknown"] if run.is_dir() else []
+    commits = read_json(file)["commits"] if file.is_file() else begun
     if commit not in commits:
         commits.append(commit)
         run.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import inspect
 import math
 import os
@@ -154,8 +155,12 @@ def free_ports(count: int) -> list[int]:
     found: list[int] = []
     with contextlib.ExitStack() as sockets:
         for port in random.SystemRandom().sample(PORTS, len(PORTS)):
-            with contextlib.suppress(OSError):
+            try:
                 sockets.enter_context(socket.create_server(("", port)))
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+            else:
                 found.append(port)
             if len(found) == count:
                 return found

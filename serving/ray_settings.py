@@ -47,7 +47,11 @@ FILES = {
 
 @contextmanager
 def own_ray_settings() -> Iterator[None]:
-    """The environment of a Ray that this process is going to start, and HAProxy's folder in it."""
+    """The environment of a Ray that this process is going to start, and HAProxy's folder in it.
+
+    Raises:
+        GemError: no port is free for HAProxy.
+    """
     with tempfile.TemporaryDirectory(prefix="gem-haproxy-", ignore_cleanup_errors=True) as folder:
         files = {name: str(Path(folder, file)) for name, file in FILES.items()}
         ports = dict(zip(PORTS, map(str, free_ports(len(PORTS))), strict=True))

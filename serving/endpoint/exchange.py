@@ -73,9 +73,9 @@ class Answer:
                 name.lower() == b"content-type" and value.startswith(STREAM)
                 for name, value in message["headers"]
             )
-        elif not message.get("more_body"):
-            self._whole = True
         await self._send(message)
+        if message["type"] == "http.response.body" and not message.get("more_body"):
+            self._whole = True
 
     async def refuse(self, refused: Refused) -> None:
         """End with a refusal; where a stream has begun, with an error event.
@@ -83,7 +83,8 @@ class Answer:
         An answer that was sent as a whole, just before its time was over, stays as it is.
 
         Raises:
-            Refused: an answer that is no stream has begun; its client sees that it breaks off.
+            Refused: an answer has begun that is no stream and not whole; its client sees that it
+                breaks off.
         """
         if not self._begun:
             response: ASGIApp = refused.response()

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import latency
 import pytest
-from latency_peer import bound_texts
 from latency_report import markdown, plot, ratio_to
 
 Request = tuple[str, str, dict[str, Any]]
@@ -90,15 +88,6 @@ def test_the_engines_take_turns_at_the_question(requests: list[Request]) -> None
     ]
     assert requests[1][2] == requests[2][2] == {"ids": [1, 7]}
     assert seconds == {"one engine": [6.0, 8.0], "two engines": [4.0, 9.0]}
-
-
-def test_nothing_is_left_of_the_cap_before() -> None:
-    scheduler = SimpleNamespace(
-        _tokens_of_a_step=2048, _tokens_beside_chat=64, max_num_scheduled_tokens=72
-    )
-    bound_texts(scheduler, None)
-    assert scheduler._tokens_beside_chat is None
-    assert scheduler.max_num_scheduled_tokens == 2048
 
 
 def test_the_settings_take_turns_beside_texts(requests: list[Request]) -> None:

@@ -51,6 +51,8 @@ def test_a_training_is_of_all_commits_that_it_went_on_with(tmp_path: Path) -> No
         *("a", "a"),
         *("a, then b", "a, then b"),
     ]
+    (tmp_path / "k2.run").mkdir()
+    assert commits_of(tmp_path / "k2.run", "a") == "unknown, then a"
 
 
 def test_the_page_is_of_the_results() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from latency_peer import bound_texts
 from vllm import PoolingParams, SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.plugins import load_general_plugins
@@ -148,3 +149,16 @@ def test_padding_is_taken_off_what_is_reported_once(
     assert second.num_scheduled_tokens["chat"] > 0
     assert chat.prefill_stats is not None
     assert chat.prefill_stats.num_prompt_tokens == len(prompt) == BLOCK + 8 + K + 250
+
+
+def test_the_benchmark_sets_a_cap_and_takes_it_away(scheduler: GemScheduler) -> None:
+    add(scheduler, "chat", range(20, 28), greedy(4))
+    finish(scheduler, scheduler.schedule())
+    for i in range(8):
+        add(scheduler, f"text-{i}", range(3 + i, 63 + i), EMBED.clone())
+    for cap, tokens in ((8, 1 + 8), (None, 256)):
+        bound_texts(scheduler, cap)
+        step = scheduler.schedule()
+        assert step.num_scheduled_tokens["chat"] == 1
+        assert step.total_num_scheduled_tokens == tokens
+        finish(scheduler, step)

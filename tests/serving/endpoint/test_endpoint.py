@@ -370,7 +370,7 @@ def test_an_endpoint_that_is_to_stop_answers_what_it_has_taken(endpoint: Endpoin
     statuses: list[int] = []
 
     def stream(n: int) -> str:
-        body = {"model": "gem", "prompt": str(n), "max_tokens": 600, "ignore_eos": True}
+        body = {"model": "gem", "prompt": str(n), "max_tokens": 150, "ignore_eos": True}
         with (
             endpoint.http() as client,
             client.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer,
