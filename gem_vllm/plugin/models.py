@@ -71,9 +71,11 @@ class GemCausalLM(_Base):
         rows, self.logits_rows = self.logits_rows, None
         if rows is None:
             logits = self._generating_logits(hidden_states)
-            # Cut to a vocabulary that has grown by k they are strided: a CPU's argmax of those
-            # takes several times as long.
-            return logits if logits is None or logits.is_cuda else logits.contiguous()
+            if logits is None or logits.is_cuda or logits.dtype != torch.float32:
+                return logits
+            # Cut to a vocabulary that has grown by k they are strided. Of other types the sampler
+            # makes float32, which is dense; these it takes as they are.
+            return logits.contiguous()
         if len(rows) == 0:
             return hidden_states.new_zeros(len(hidden_states), 1)
         logits = self._generating_logits(hidden_states[rows])
