@@ -128,6 +128,18 @@ def ask(application: Application, keys: Path) -> Ask:
     return send
 
 
+async def call(app: Any, send: Callable[..., Any], *, more_body: bool) -> None:
+    """A request as a server brings it, whose client then goes; ``send`` gets what is answered."""
+    messages = iter([{"type": "http.request", "body": b"{", "more_body": more_body}])
+
+    async def receive() -> Any:
+        return next(messages, {"type": "http.disconnect"})
+
+    path = "/v1/embeddings"
+    scope = {"type": "http", "method": "POST", "path": path, "headers": [], "query_string": b""}
+    await app(scope, receive, send)
+
+
 async def body_that_does_not_end() -> AsyncIterator[bytes]:
     yield b"{"
     await asyncio.Event().wait()
@@ -201,20 +213,11 @@ def test_what_breaks_is_counted_as_the_client_sees_it(
 def test_a_client_that_goes_before_its_request_is_whole_is_counted_as_gone(
     application: Application, counted: Counter[tuple[str, str]]
 ) -> None:
-    messages = iter([{"type": "http.request", "body": b"{", "more_body": True}])
-
-    async def receive() -> Any:
-        return next(messages, {"type": "http.disconnect"})
-
     async def send(message: Any) -> None:
         pytest.fail(f"nobody is there for {message}")
 
-    async def run() -> None:
-        path = "/v1/embeddings"
-        scope = {"type": "http", "method": "POST", "path": path, "headers": [], "query_string": b""}
-        await metrics.CountRequests(Door(application.api, LIMITS, None))(scope, receive, send)
-
-    asyncio.run(run())
+    door = metrics.CountRequests(Door(application.api, LIMITS, None))
+    asyncio.run(call(door, send, more_body=True))
     assert application.taken == []
     assert counted == {("embed", "499"): 1}
 
@@ -289,26 +292,17 @@ def test_an_answer_that_is_whole_when_its_time_is_over_counts_as_one(
 
 
 def test_an_answer_whose_end_could_not_be_sent_is_not_whole(
-    counted: Counter[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+    counted: Counter[tuple[str, str]],
 ) -> None:
     """As where the client reads no more: it sees that the answer breaks off."""
-    monkeypatch.setattr(door_module, "ABORT_GRACE_S", 0.1)
-    messages = iter([{"type": "http.request", "body": b"{}", "more_body": False}])
-
-    async def receive() -> Any:
-        return next(messages, {"type": "http.disconnect"})
 
     async def send(message: Any) -> None:
         if message["type"] == "http.response.body":
             await asyncio.Event().wait()
 
-    async def run() -> None:
-        path = "/v1/embeddings"
-        scope = {"type": "http", "method": "POST", "path": path, "headers": [], "query_string": b""}
-        await metrics.CountRequests(Door(JSONResponse({}), SHORT, None))(scope, receive, send)
-
+    door = metrics.CountRequests(Door(JSONResponse({}), SHORT, None))
     with pytest.raises(Refused, match="longer than 1 s"):
-        asyncio.run(run())
+        asyncio.run(call(door, send, more_body=False))
     assert counted == {("embed", "500"): 1}
 
 

@@ -236,9 +236,7 @@ def test_a_request_may_only_be_so_large(endpoint: Endpoint) -> None:
 
 def test_what_takes_too_long_is_ended(endpoint: Endpoint) -> None:
     def complete(stream: bool) -> httpx.Response:
-        return endpoint.post(
-            "/v1/completions", prompt="a", max_tokens=LONG, ignore_eos=True, stream=stream
-        )
+        return endpoint.post("/v1/completions", **long_completion(0, stream=stream))
 
     before = endpoint.requests("generate", 504)
     with ThreadPoolExecutor(2) as pool:
