@@ -66,6 +66,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--base", type=Path, required=True, help="the base it was made from")
     add_out(parser)
     parser.add_argument("--rounds", type=int, default=10, help="the peers take turns this often")
+    parser.add_argument(
+        "--longer",
+        type=int,
+        default=1,
+        metavar="N",
+        help="turns of N times the length: for a model so large that few completions fit in one",
+    )
     parser.add_argument("--quick", action="store_true", help="small sizes, to try it out")
     return parser.parse_args()
 
@@ -79,6 +86,8 @@ def check(args: argparse.Namespace, cores: list[int]) -> None:
         raise GemError(f"{args.base} is a GEM checkpoint; --base is what it was made from")
     if args.rounds < 1:
         raise GemError(f"--rounds is {args.rounds}; take 10 or more for figures to quote")
+    if args.longer < 1:
+        raise GemError(f"--longer is {args.longer}; it takes 1 or more")
     if len(cores) < 2:
         raise GemError("two engines side by side need two cores; this process may use one")
 
@@ -94,7 +103,7 @@ class Run:
 
     def __init__(self, args: argparse.Namespace, cores: list[int], stack: ExitStack) -> None:
         self.args, self.cores = args, cores
-        self.size = QUICK if args.quick else FULL
+        self.size = (QUICK if args.quick else FULL).longer(args.longer)
         self.device = CUDA if has_cuda() else CPU
         self.folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         self.stack = stack

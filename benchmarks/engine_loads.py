@@ -7,7 +7,7 @@ completions, and how many of each may be in flight.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from engine_report import PEER_OF
@@ -29,6 +29,12 @@ class Size:
     solo_seconds: float
     mixed_seconds: float
     max_tokens: int
+
+    def longer(self, times: int) -> Size:
+        """The same with turns of that many times the length."""
+        return replace(
+            self, solo_seconds=times * self.solo_seconds, mixed_seconds=times * self.mixed_seconds
+        )
 
 
 FULL = Size(solo_seconds=3.0, mixed_seconds=6.0, max_tokens=32)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from engine_facts import texts_of_length, weight_bytes
-from engine_loads import CPU, mixed_amounts, mixed_loads, solo_amount
+from engine_loads import CPU, FULL, mixed_amounts, mixed_loads, solo_amount
 from engine_report import markdown, quartiles, ratios, ratios_by_round
 from safetensors.torch import save_file
 
@@ -113,6 +113,12 @@ def test_a_turn_lasts_as_long_as_asked() -> None:
     # Whole groups, so that a group's last steps are as full as its first.
     assert solo_amount("generate", 30.0, 3.0, 32) == 96
     assert solo_amount("generate", 4.0, 3.0, 32) == 32
+
+
+def test_longer_turns_have_completions_of_the_same_length() -> None:
+    longer = FULL.longer(4)
+    assert (longer.solo_seconds, longer.mixed_seconds) == (12.0, 24.0)
+    assert longer.max_tokens == FULL.max_tokens
 
 
 def test_mixed_work_is_divided_by_the_time_that_it_takes() -> None:
