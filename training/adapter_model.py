@@ -24,6 +24,7 @@ from gem_vllm.training import peers
 from gem_vllm.training.attention import grouped
 from gem_vllm.training.masks import layer_masks, special_mask, suffix_mask
 from gem_vllm.training.model import GemTrainingModel
+from gem_vllm.training.prefix import Prefix, SomeRows, last_mlp_left_out
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -84,9 +85,8 @@ class AdapterModel(GemTrainingModel):
         position = torch.arange(token_ids.shape[1], device=token_ids.device)
         computed[rows] = predicting[rows] & (position >= ends[:, None] - 1)
         prefixes = token_ids[rows, : int(starts.max())]
-        cache = self.prefix_pass(prefixes, starts)
         own = DynamicCache()
-        special = self.special_pass(cache, starts, own=own)
+        special = self.special_pass(self.prefix_pass(prefixes, starts), starts, own=own)
         offsets = torch.arange(int((lengths[rows] - ends).max()) + 1, device=token_ids.device) - 1
         columns = ends[:, None] + offsets
         real = columns < lengths[rows, None]
@@ -103,32 +103,24 @@ class AdapterModel(GemTrainingModel):
     # -- the three passes ----------------------------------------------------------------------
 
     @torch.no_grad()
-    def prefix_pass(self, token_ids: torch.Tensor, lengths: torch.Tensor) -> DynamicCache:
-        """Pass 1: keys and values [N, heads, T, head_dim] of every layer, zero behind each text."""
-        cache = DynamicCache()
+    def prefix_pass(self, token_ids: torch.Tensor, lengths: torch.Tensor) -> Prefix:
+        """Pass 1: every layer's keys and values."""
+        prefix = Prefix(len(self._decoder.layers), *token_ids.shape)
         order = lengths.argsort(descending=True)
-        with self.lm.disable_adapter():
+        with self.lm.disable_adapter(), last_mlp_left_out(self._decoder):
             for rows in self._parts(order, TEXTS_PER_PASS[token_ids.device.type]):
                 computed = rows if len(rows) else order[-1:]
                 longest = int(lengths[computed].max())
-                part = DynamicCache()
                 self._decoder(
-                    input_ids=token_ids[computed, :longest], past_key_values=part, use_cache=True
+                    input_ids=token_ids[computed, :longest],
+                    past_key_values=SomeRows(prefix, computed),
+                    use_cache=True,
                 )
-                for index, layer in enumerate(part.layers):
-                    if index == len(cache.layers):
-                        shape = list(layer.keys.shape)
-                        shape[0], shape[2] = token_ids.shape
-                        cache.update(
-                            layer.keys.new_zeros(shape), layer.values.new_zeros(shape), index
-                        )
-                    cache.layers[index].keys[computed, :, :longest] = layer.keys
-                    cache.layers[index].values[computed, :, :longest] = layer.values
-        return cache
+        return prefix
 
     def special_pass(
         self,
-        prefix: DynamicCache,
+        prefix: Prefix,
         lengths: torch.Tensor,
         seen: torch.Tensor | None = None,
         own: DynamicCache | None = None,
@@ -137,7 +129,6 @@ class AdapterModel(GemTrainingModel):
 
         prefix: of pass 1, left as it is; own: takes up the special tokens' keys and values.
         """
-        longest = prefix.get_seq_length()
         offsets = torch.arange(self.k, device=lengths.device)
         embeds = self._special_embeds()
         with grouped(self.base):
@@ -146,7 +137,7 @@ class AdapterModel(GemTrainingModel):
                 attention_mask=layer_masks(
                     self.config,
                     embeds.dtype,
-                    lambda window: special_mask(lengths, longest, self.k, window, seen),
+                    lambda window: special_mask(lengths, prefix.length, self.k, window, seen),
                 ),
                 position_ids=lengths[:, None] + offsets,
                 past_key_values=own,

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, DynamicCache, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
+
+from gem_vllm.training.prefix import Prefix
 
 NAME = "gem_grouped"
 
@@ -22,7 +24,7 @@ def grouped_attention(
     scaling: float,
     softcap: float | None = None,
     *,
-    prefix: DynamicCache,
+    prefix: Prefix,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Eager attention of k queries over the keys of a prefix and their own.
@@ -36,17 +38,17 @@ def grouped_attention(
     """
     rows, heads, queries, _ = query.shape
     groups = key.shape[1]
-    before = prefix.layers[module.layer_idx]
+    keys, values = prefix.keys[module.layer_idx], prefix.values[module.layer_idx]
     grouped_query = query.reshape(rows, groups, -1, query.shape[-1])
-    scores = torch.cat([grouped_query @ each.transpose(2, 3) for each in (before.keys, key)], -1)
+    scores = torch.cat([grouped_query @ each.transpose(2, 3) for each in (keys, key)], -1)
     scores = scores.view(rows, heads, queries, -1) * scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     weights = torch.softmax(scores + attention_mask, dim=-1, dtype=torch.float32).to(value.dtype)
     seen, own = weights.view(rows, groups, -1, scores.shape[-1]).split(
-        [before.keys.shape[2], queries], dim=-1
+        [prefix.length, queries], dim=-1
     )
-    output = seen @ before.values + own @ value
+    output = seen @ values + own @ value
     return output.view(rows, heads, queries, -1).transpose(1, 2).contiguous(), None
 
 
