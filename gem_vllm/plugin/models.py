@@ -56,7 +56,9 @@ class GemCausalLM(_Base):
         self.register_buffer("gem_special_ids", special_ids, persistent=False)
         if self._vllm_config.lora_config is None and get_pp_group().is_last_rank:
             # An ordinary LoRA knows its layers by name, and its rows by those of the whole step.
-            self.last_mlp = wrap_last_mlp(self, self._vllm_config)
+            # As a plain attribute: it is a submodule elsewhere, and where `nn.Module` would keep it
+            # the class's own None goes before.
+            object.__setattr__(self, "last_mlp", wrap_last_mlp(self, self._vllm_config))
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Logits with the special tokens at -inf: no sampling mode can emit them.

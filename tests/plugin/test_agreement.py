@@ -73,7 +73,10 @@ def test_compiled(tiny_checkpoint: Callable[..., Path]) -> None:
     prompts, questions = random_prompts([1, 30, 130]), random_prompts([5, 40], seed=1)
     requests = named("text", prompts, EMBED) | named("chat", questions, GREEDY)
     with running_engine(folder, max_model_len=LIMIT, enforce_eager=False) as llm:
+        last_mlp = rows_of_the_last_mlp(llm)
         compiled = run_together(llm, requests)
+        # Of three texts the special tokens, of two questions their last tokens.
+        assert last_mlp[0] == 3 * 4 + 2
     with running_engine(folder, max_model_len=LIMIT) as llm:
         eager = run_together(llm, requests)
     found = embeddings_of(compiled, len(prompts))
@@ -88,6 +91,28 @@ def test_without_adapter(train_mode: str, tiny_checkpoint: Callable[..., Path]) 
     prompts = random_prompts([3, 60])
     with running_engine(folder, max_model_len=LIMIT) as llm:
         assert cosines(embed(llm, prompts), ReferenceEmbedder(folder).embed(prompts)).min() > 0.9999
+
+
+def rows_of_the_last_mlp(llm: LLM) -> list[int]:
+    """A list that gets the number of rows of every step that the last layer's MLP computes."""
+    model = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.get_model()
+    rows: list[int] = []
+    linear = model.model.layers[-1].mlp.gate_up_proj
+    linear.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+    return rows
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_last_mlp_computes_what_is_read(
+    family: str, tiny_checkpoint: Callable[..., Path]
+) -> None:
+    k, prompts, questions = 4, random_prompts([30, 70]), random_prompts([25, 50, 9], seed=1)
+    with running_engine(tiny_checkpoint(family, k=k), max_model_len=LIMIT) as llm:
+        rows = rows_of_the_last_mlp(llm)
+        embed(llm, prompts)
+        run_together(llm, named("text", prompts, EMBED) | named("chat", questions, GREEDY))
+    read, decoding = k * len(prompts), len(questions)
+    assert rows == [read, read + decoding, *[decoding] * (GREEDY.max_tokens - 1)]
 
 
 def test_the_adapter_is_among_the_models_buffers(tiny_checkpoint: Callable[..., Path]) -> None:
