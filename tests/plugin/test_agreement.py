@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from vllm import SamplingParams
+from vllm import LLM, SamplingParams
 from vllm.exceptions import VLLMValidationError
 
 from gem_vllm.reference import ReferenceEmbedder
