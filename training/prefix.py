@@ -29,7 +29,6 @@ class Prefix:
     def put(self, layer: int, rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Take up a layer's keys and values [n, heads, t, head_dim] of ``rows``, int64 [n]."""
         if not hasattr(self, "keys"):
-            # All at once: between what the pass allocates for itself, they would leave it holes.
             _, heads, _, head_dim = keys.shape
             shape = (self._layers, self._texts, heads, self.length, head_dim)
             self.keys, self.values = keys.new_zeros(shape), values.new_zeros(shape)
