@@ -208,6 +208,7 @@ def test_the_prefix_is_read_where_it_lies(tiny_base: Callable[..., Path]) -> Non
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
         model.special_pass(prefix, lengths)
     assert set(kept) == lie
+    assert prefix.keys.shape[3] == prefix.values.shape[3] == prefix.length == ids.shape[1]
 
 
 def test_a_base_with_dropout_is_computed_without(tiny_base: Callable[..., Path]) -> None:
