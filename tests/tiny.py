@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -186,3 +187,54 @@ def make_tiny_tokenizer(*, add_bos: bool) -> PreTrainedTokenizerFast:
     )
     wrapped.chat_template = _CHAT_TEMPLATE
     return wrapped
+
+
+def make_tiny_eagle_head(method: str, folder: str | Path, base: str | Path) -> Path:
+    """Save a random head for speculative decoding, of one layer, as EAGLE's authors publish theirs.
+
+    Args:
+        method: ``eagle`` or ``eagle3``.
+        folder: to write.
+        base: a Llama, whose vocabulary and sizes the head has.
+
+    Returns:
+        ``folder``.
+    """
+    folder = Path(folder)
+    config = LlamaConfig.from_pretrained(base, num_hidden_layers=1, tie_word_embeddings=False)
+    hidden, inner = config.hidden_size, config.intermediate_size
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    layer, into_attention, fused = {
+        "eagle": ("layers.0", hidden, 2 * hidden),
+        "eagle3": ("midlayer", 2 * hidden, 3 * hidden),
+    }[method]
+    shapes: dict[str, tuple[int, ...]] = {
+        "fc.weight": (hidden, fused),
+        f"{layer}.self_attn.q_proj.weight": (queries, into_attention),
+        f"{layer}.self_attn.k_proj.weight": (keys, into_attention),
+        f"{layer}.self_attn.v_proj.weight": (keys, into_attention),
+        f"{layer}.self_attn.o_proj.weight": (hidden, queries),
+        f"{layer}.mlp.gate_proj.weight": (inner, hidden),
+        f"{layer}.mlp.up_proj.weight": (inner, hidden),
+        f"{layer}.mlp.down_proj.weight": (hidden, inner),
+        f"{layer}.post_attention_layernorm.weight": (hidden,),
+    }
+    if method == "eagle3":
+        norms = ("norm", f"{layer}.input_layernorm", f"{layer}.hidden_norm")
+        shapes |= {f"{norm}.weight": (hidden,) for norm in norms}
+        shapes["lm_head.weight"] = (config.vocab_size, hidden)
+    random = torch.Generator().manual_seed(0)
+    weights = {
+        name: torch.ones(shape)
+        if len(shape) == 1
+        else torch.randn(shape, generator=random) * config.initializer_range
+        for name, shape in shapes.items()
+    }
+    folder.mkdir(parents=True)
+    save_file(weights, folder / "model.safetensors")
+    config.architectures = ["LlamaForCausalLM" if method == "eagle" else "LlamaForCausalLMEagle3"]
+    # Its inputs are what three of the base's layers are given; a base usually has more than these.
+    config.eagle_aux_hidden_state_layer_ids = [0, 1, 2]
+    config.save_pretrained(folder)
+    return folder

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import psutil
 from vllm import envs
-from vllm.config import CacheConfig, PoolerConfig, VllmConfig
+from vllm.config import (
+    CacheConfig,
+    ParallelConfig,
+    PoolerConfig,
+    SpeculativeConfig,
+    VllmConfig,
+)
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from gem_vllm.config import GemConfig
+from gem_vllm.config import SUPPORTED_ARCHITECTURES, GemConfig
+from gem_vllm.plugin.drafter import MODEL_METHODS, TEXT_METHODS
 
 logger = init_logger(__name__)
 
@@ -74,13 +81,8 @@ def _refuse_unsupported(vllm_config: VllmConfig, gem_config: GemConfig) -> None:
         raise ValueError("A GEM checkpoint brings its own scheduler. Leave --scheduler-cls unset.")
     if model_config.pooler_config is not None:
         raise ValueError("A GEM checkpoint says itself how it pools. Leave --pooler-config unset.")
-    speculative = vllm_config.speculative_config
-    if speculative is not None and speculative.method != "ngram":
-        raise ValueError(
-            f"Speculative decoding of a GEM checkpoint is by ngram, not by {speculative.method}: a "
-            "draft model does not know the special tokens. Give ngram as the method in "
-            "--speculative-config, or leave it unset."
-        )
+    if vllm_config.speculative_config is not None:
+        _refuse_drafts(vllm_config.speculative_config, vllm_config.parallel_config)
     if vllm_config.parallel_config.use_ubatching:
         raise ValueError(
             "A GEM checkpoint's steps are not parted into microbatches. "
@@ -120,6 +122,29 @@ def _refuse_unsupported(vllm_config: VllmConfig, gem_config: GemConfig) -> None:
         )
     if not (current_platform.is_cpu() or current_platform.is_cuda_alike()):
         raise ValueError("GEM checkpoints are served on vLLM's CPU and CUDA platforms only.")
+
+
+def _refuse_drafts(speculative: SpeculativeConfig, parallel: ParallelConfig) -> None:
+    methods = (*TEXT_METHODS, *MODEL_METHODS)
+    if speculative.method not in methods:
+        raise ValueError(
+            f"Speculative decoding of a GEM checkpoint is by {', '.join(methods)}, not by "
+            f"{speculative.method}. Give one of those as the method in --speculative-config."
+        )
+    draft = speculative.draft_model_config
+    if speculative.method in MODEL_METHODS and (
+        draft.architecture in SUPPORTED_ARCHITECTURES.values()
+    ):
+        raise ValueError(
+            f"{draft.model} in --speculative-config is a GEM checkpoint. Give the base that it was "
+            "trained on, or another ordinary model of the same vocabulary."
+        )
+    if current_platform.is_cpu() and parallel.pipeline_parallel_size > 1:
+        raise ValueError(
+            "On a CPU vLLM has no speculative decoding in a pipeline, for any model: its workers "
+            "fail at the first request. Leave --speculative-config or --pipeline-parallel-size "
+            "unset."
+        )
 
 
 def take_attention_backend(vllm_config: VllmConfig) -> None:

@@ -298,6 +298,32 @@ def _patch_rows_without_lora() -> None:
         setattr(punica_cpu, name, product)
 
 
+def _patch_draft_vocabulary() -> None:
+    from vllm.config import SpeculativeConfig
+
+    from gem_vllm.plugin.drafter import lacks_special_tokens_only
+
+    original = SpeculativeConfig.verify_equal_vocab_size_if_draft_model
+    _expect(
+        "get_vocab_size" in inspect.getsource(original),
+        "draft-vocabulary",
+        "SpeculativeConfig.verify_equal_vocab_size_if_draft_model does not look at vocabularies",
+    )
+
+    @functools.wraps(original)
+    def verify_equal_vocab_size_if_draft_model(self: Any) -> None:
+        target, draft = self.target_model_config, self.draft_model_config
+        gem_config = None if target is None or draft is None else gem_config_of(target)
+        if gem_config is None or not lacks_special_tokens_only(
+            draft.get_vocab_size(), target.get_vocab_size(), gem_config.special_token_ids
+        ):
+            original(self)
+
+    SpeculativeConfig.verify_equal_vocab_size_if_draft_model = (
+        verify_equal_vocab_size_if_draft_model
+    )
+
+
 LEDGER = (
     Patch(
         name="config-hook",
@@ -370,6 +396,14 @@ LEDGER = (
         needless_when="vLLM's LoRA operations in torch leave rows of index -1 out, as its kernels "
         "for GPUs do.",
         apply=_patch_rows_without_lora,
+    ),
+    Patch(
+        name="draft-vocabulary",
+        target="vllm.config.SpeculativeConfig.verify_equal_vocab_size_if_draft_model",
+        why="A draft model, which has the base's vocabulary, is refused beside a checkpoint, whose "
+        "vocabulary has k tokens more.",
+        needless_when="a draft's vocabulary may be smaller than the target's.",
+        apply=_patch_draft_vocabulary,
     ),
 )
 

@@ -26,6 +26,8 @@ else:
 class GemModelRunner(GemRunner, _Runner):
     """Mixin over vLLM's V1 runners; `enable` puts it in front of an existing runner."""
 
+    gem_drafter = "drafter"
+
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """vLLM's, with room for what the rank before sends, where there is one.
 
@@ -56,7 +58,7 @@ class GemModelRunner(GemRunner, _Runner):
             num_drafts=np.array([len(drafts.get(req_id, ())) for req_id in batch.req_ids])
             if drafts
             else None,
-            all_rows_are_read=bool(self.num_prompt_logprobs),
+            all_rows_are_read=bool(self.num_prompt_logprobs) or self.gem_drafts_from_rows,
             loras=self.lora_config is not None,
         )
         if len(plan.embedding):
@@ -86,6 +88,11 @@ class GemModelRunner(GemRunner, _Runner):
         """Sample for the generating rows, pool for the finished embedding rows."""
         state = self.execute_model_state
         embeddings = [] if state is None else self.gem_batch.embed(state.hidden_states)
+        shift = None if state is None else self.gem_batch.position_shift()
+        if shift is not None:
+            # To a draft model a position is how far its request has come, padding included: its
+            # slots are counted from there.
+            self.positions[: len(shift)] += shift
         output = super().sample_tokens(grammar_output)
         if embeddings:
             result = output

@@ -11,6 +11,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
 from gem_vllm.config import GemConfig
 from gem_vllm.errors import GemError
 from gem_vllm.plugin.batch import GemBatch
+from gem_vllm.plugin.drafter import MODEL_METHODS, Drafter
 from gem_vllm.plugin.frames import with_room
 
 if TYPE_CHECKING:
@@ -23,6 +24,10 @@ class GemRunner(_Runner):
     """Mixin over vLLM's runners."""
 
     gem_batch: GemBatch
+    # Name of vLLM's object that runs a draft model.
+    gem_drafter: str
+    # Whether tokens are drafted from the hidden states of every row.
+    gem_drafts_from_rows = False
 
     @classmethod
     def enable(cls, runner: Any, gem_config: GemConfig) -> None:
@@ -45,6 +50,19 @@ class GemRunner(_Runner):
             )
         runner.__class__ = type(f"Gem{vllm_class.__name__}", (cls, vllm_class), {})
         runner.gem_batch = GemBatch(gem_config, runner.device)
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """vLLM's; a draft model or head is told what the special tokens make of the vocabulary."""
+        super().load_model(*args, **kwargs)
+        speculative = self.vllm_config.speculative_config
+        if speculative is None or speculative.method not in MODEL_METHODS:
+            return
+        self.gem_drafts_from_rows = speculative.use_eagle()
+        drafter = getattr(self, self.gem_drafter, None)
+        if drafter is not None:  # A pipeline has one on its last rank.
+            # With CUDA graphs it may be wrapped.
+            draft = getattr(drafter.model, "unwrap", lambda: drafter.model)()
+            Drafter.enable(draft, self.vllm_config)
 
     def get_supported_tasks(self) -> tuple[Any, ...]:
         """vLLM's tasks for the model, and `embed`."""

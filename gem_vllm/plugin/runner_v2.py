@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 from vllm.config.compilation import CUDAGraphMode
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
@@ -28,6 +29,16 @@ from gem_vllm.plugin.runner_mixin import GemRunner
 
 class GemModelRunnerV2(GemRunner, GPUModelRunner):
     """Mixin over vLLM's V2 runners; `enable` puts it in front of an existing runner."""
+
+    gem_drafter = "speculator"
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """vLLM's; logits of a draft are kept as wide as those they are compared with."""
+        super().load_model(*args, **kwargs)
+        draft_logits = getattr(self.speculator, "draft_logits", None)
+        if draft_logits is not None:
+            missing = self.model_config.get_vocab_size() - draft_logits.shape[-1]
+            self.speculator.draft_logits = nn.functional.pad(draft_logits, (0, missing))
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         """vLLM's; then graphs are chosen by what a step is."""
@@ -58,10 +69,13 @@ class GemModelRunnerV2(GemRunner, GPUModelRunner):
             self.req_states.num_computed_tokens_np[state.idx_mapping_np],
             state.num_scheduled_tokens,
             num_drafts=state.num_draft_tokens_np,
-            all_rows_are_read=prompt_logprobs is not None
-            and (
-                bool(prompt_logprobs.uses_prompt_logprobs[state.idx_mapping_np].any())
-                or bool(prompt_logprobs.token_id_scores)
+            all_rows_are_read=self.gem_drafts_from_rows
+            or (
+                prompt_logprobs is not None
+                and (
+                    bool(prompt_logprobs.uses_prompt_logprobs[state.idx_mapping_np].any())
+                    or bool(prompt_logprobs.token_id_scores)
+                )
             ),
             loras=self.lora_config is not None,
         )

@@ -114,6 +114,15 @@ def step_counts(llm: LLM) -> dict[str, int]:
     return dict(scheduler_of(llm)._step_counts)
 
 
+def drafted_and_accepted(llm: LLM) -> tuple[int, int]:
+    """Tokens that an engine has speculated so far, and those that came true."""
+    counts = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
+    return (
+        counts["vllm:spec_decode_num_draft_tokens"],
+        counts["vllm:spec_decode_num_accepted_tokens"],
+    )
+
+
 def free_blocks(llm: LLM) -> int:
     """KV blocks of an in-process engine that no request holds."""
     return scheduler_of(llm).kv_cache_manager.block_pool.get_num_free_blocks()

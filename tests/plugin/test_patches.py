@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from vllm.config import VllmConfig
+from vllm.config import SpeculativeConfig, VllmConfig
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.pooling.base.io_processor import PoolingIOProcessor
@@ -35,6 +35,7 @@ NAMES = {
     "prompts-of-requests",
     "embedding-with-answer",
     "rows-without-lora",
+    "draft-vocabulary",
 }
 
 
@@ -71,6 +72,7 @@ def test_config_hook_is_in_place() -> None:
         (lora_ops, "bgmv_expand"),
         (punica_cpu, "bgmv_shrink"),
         (punica_cpu, "bgmv_expand"),
+        (SpeculativeConfig, "verify_equal_vocab_size_if_draft_model"),
     ],
 )
 def test_function_is_wrapped_once(owner: type, attribute: str) -> None:
@@ -93,6 +95,11 @@ def test_function_is_wrapped_once(owner: type, attribute: str) -> None:
         (OpenAIServingCompletion, "create_completion", "_patch_embedding_with_answer"),
         (lora_ops, "bgmv_shrink", "_patch_rows_without_lora"),
         (lora_ops, "bgmv_expand", "_patch_rows_without_lora"),
+        (
+            SpeculativeConfig,
+            "verify_equal_vocab_size_if_draft_model",
+            "_patch_draft_vocabulary",
+        ),
     ],
 )
 def test_a_moved_vllm_is_named(

@@ -181,15 +181,6 @@ def test_what_cannot_work_is_refused_at_start(
         EngineArgs(model=folder, enforce_eager=True, **options).create_engine_config()
 
 
-def test_a_draft_model_is_refused(tiny_checkpoint: Callable[..., Path]) -> None:
-    load_general_plugins()
-    folder = str(tiny_checkpoint("llama", k=4))
-    draft = {"method": "draft_model", "model": folder, "num_speculative_tokens": 2}
-    args = EngineArgs(model=folder, enforce_eager=True, speculative_config=draft)
-    with pytest.raises(ValueError, match="is by ngram, not by draft_model"):
-        args.create_engine_config()
-
-
 def test_the_engine_is_configured(tiny_checkpoint: Callable[..., Path]) -> None:
     load_general_plugins()
     folder = str(tiny_checkpoint("qwen3", k=4, pooling="concat"))
