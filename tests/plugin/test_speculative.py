@@ -188,5 +188,7 @@ def test_a_head_is_given_every_row(
     reference = ReferenceEmbedder(folder)
     special_ids = reference.gem_config.special_token_ids
     sequences: list[Tokens] = [*chats, *([*text, *special_ids] for text in texts)]
-    expected = torch.cat([reference.hidden_states(sequence) for sequence in sequences])
-    torch.testing.assert_close(given[0], expected, rtol=1e-3, atol=1e-4)
+    for states in map(reference.hidden_states, sequences):
+        # Somewhere: the runners order a step's requests in their own ways.
+        windows = given[0].unfold(0, len(states), 1).mT
+        assert any(torch.allclose(window, states, rtol=1e-3, atol=1e-4) for window in windows)
