@@ -68,12 +68,10 @@ class SpecialLoRA:
         step = gem_step.current()
         if step is None or not len(step.rows):
             return
-        # Few rows: the cost is that of the calls, and `index_add_` is a slow one.
         special = x.index_select(0, step.rows)
         for factor in self._factors:
             special = self._method.apply(factor, special, None)
-        special += output.index_select(0, step.rows)
-        output.index_copy_(0, step.rows, special)
+        output.index_add_(0, step.rows, special)
 
 
 def _special_lora(output: torch.Tensor, x: torch.Tensor, name: str) -> None:

@@ -40,6 +40,7 @@ from tests.plugin.random_load import RandomLoad, Request, check, run_load
 from tests.tiny import FAMILIES
 
 LIMIT = 512
+BY_THE_BASE = {"method": "draft_model", "num_speculative_tokens": 3}
 OPTIONS: dict[str, dict[str, Any]] = {
     "chunks of 16 tokens": {"max_num_batched_tokens": 16, "max_num_seqs": 8},
     "no prefix cache": {"enable_prefix_caching": False},
@@ -53,6 +54,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "few tokens beside chat": {"additional_config": {"gem_tokens_beside_chat": 24}},
     "LoRAs": {"enable_lora": True},
     "compiled": {"enforce_eager": False},
+    "a draft model": {"speculative_config": BY_THE_BASE},
+    "a draft model, few KV blocks": {
+        "speculative_config": BY_THE_BASE,
+        "num_gpu_blocks_override": 24,
+        "max_num_batched_tokens": 64,
+    },
 }
 
 
@@ -111,9 +118,15 @@ def serve_load(
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_any_option(
-    options: dict[str, Any], lora: Lora, tiny_checkpoint: Callable[..., Path]
+    options: dict[str, Any],
+    lora: Lora,
+    tiny_checkpoint: Callable[..., Path],
+    tiny_base: Callable[..., Path],
 ) -> None:
     folder = tiny_checkpoint("llama", k=4)
+    if "speculative_config" in options:
+        drafts = {**BY_THE_BASE, "model": str(tiny_base("llama"))}
+        options = {**options, "speculative_config": drafts}
     load = RandomLoad(ReferenceEmbedder(folder), LIMIT, seed=1, abort_share=0.1)
     few_blocks = "num_gpu_blocks_override" in options
     if few_blocks:

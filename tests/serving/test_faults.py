@@ -86,6 +86,7 @@ def test_a_kill_loses_nothing_and_writes_nothing_twice(
     check_all_rows(model, output, ROWS)
 
 
+@pytest.mark.slow
 def test_a_node_that_is_killed_costs_nothing(model: Path, tmp_path: Path) -> None:
     """A node with one of two replicas: the other one does all, without a second command."""
     jsonl(tmp_path / "in.jsonl", ROWS)
