@@ -142,8 +142,7 @@ def _refuse_drafts(speculative: SpeculativeConfig, parallel: ParallelConfig) -> 
     if current_platform.is_cpu() and parallel.pipeline_parallel_size > 1:
         raise ValueError(
             "On a CPU vLLM has no speculative decoding in a pipeline, for any model: its workers "
-            "fail at the first request. Leave --speculative-config or --pipeline-parallel-size "
-            "unset."
+            "fail. Leave --speculative-config or --pipeline-parallel-size unset."
         )
 
 

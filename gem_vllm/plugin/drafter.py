@@ -30,7 +30,7 @@ else:
 
 def lacks_special_tokens_only(draft_size: int, size: int, special_ids: Sequence[int]) -> bool:
     """Whether a vocabulary of `draft_size` tokens is one of `size` without special tokens."""
-    return set(range(draft_size, size)) <= set(special_ids)
+    return draft_size <= size and set(range(draft_size, size)) <= set(special_ids)
 
 
 class Drafter(_Model):

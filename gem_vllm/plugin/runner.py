@@ -88,11 +88,12 @@ class GemModelRunner(GemRunner, _Runner):
         """Sample for the generating rows, pool for the finished embedding rows."""
         state = self.execute_model_state
         embeddings = [] if state is None else self.gem_batch.embed(state.hidden_states)
-        shift = None if state is None else self.gem_batch.position_shift()
-        if shift is not None:
-            # To a draft model a position is how far its request has come, padding included: its
-            # slots are counted from there.
-            self.positions[: len(shift)] += shift
+        if state is not None and self.speculative_config is not None:
+            shift = self.gem_batch.position_shift()
+            if shift is not None:
+                # To a draft model a position is how far its request has come, padding included:
+                # its slots are counted from there.
+                self.positions[: len(shift)] += shift
         output = super().sample_tokens(grammar_output)
         if embeddings:
             result = output

@@ -67,6 +67,7 @@ def test_logits_are_as_wide_as_they_have_to_be(sample_method: str, width: int) -
         (102, [100, 101], True),  # The base's vocabulary had room for them.
         (101, [100, 101], True),
         (99, [100, 101], False),
+        (103, [100, 101], False),
         (100, [50, 101], False),
     ],
 )
@@ -107,11 +108,12 @@ def test_what_cannot_work_is_refused_at_start(
         args.create_engine_config()
 
 
+@pytest.mark.parametrize("vocab_size", [300, 1000])
 def test_a_draft_of_another_vocabulary_is_refused(
-    tiny_checkpoint: Callable[..., Path], tiny_base: Callable[..., Path]
+    vocab_size: int, tiny_checkpoint: Callable[..., Path], tiny_base: Callable[..., Path]
 ) -> None:
     load_general_plugins()
-    other = tiny_base("llama", vocab_size=300)
+    other = tiny_base("llama", vocab_size=vocab_size)
     draft = {"method": "draft_model", "model": str(other), "num_speculative_tokens": 2}
     args = EngineArgs(model=str(tiny_checkpoint("llama", k=4)), speculative_config=draft)
     with pytest.raises(ValueError, match="should have the same vocabulary size"):
