@@ -14,6 +14,7 @@ from torch.utils.data import IterableDataset
 from gem_vllm.errors import GemError
 from gem_vllm.training import peers
 from gem_vllm.training.data import TextSource, shuffled
+from gem_vllm.training.lexical import Neighbourhoods
 from gem_vllm.training.losses import alpha_at
 from gem_vllm.training.options import TrainOptions
 from gem_vllm.training.pairs import PairSource
@@ -21,6 +22,7 @@ from gem_vllm.training.positives import (
     MIN_SPAN_TOKENS,
     cloze_pair,
     dropout_pair,
+    passage,
     shared_texts,
     span_pair,
 )
@@ -28,6 +30,8 @@ from gem_vllm.training.sequences import Template, mixed_sequence, pad
 
 TOKENIZE_AT_ONCE = 256
 NEGATIVES_PER_PAIR = 4
+# Held in memory at once, of all sources together, to find texts that share words.
+LEXICAL_TEXTS = 1 << 16
 
 # Token ids of texts (an anchor, a positive, negatives), and the rows that are made of them.
 _Drawn = tuple[list[list[int]], list[list[int]]]
@@ -41,11 +45,14 @@ class TrainBatches(IterableDataset):
     ``cl_pairs`` is N; with ``masks`` also ``cl_seen``, bool [2N, T], the tokens of a text that the
     special tokens behind it are to see; where texts repeat, ``cl_repeats``, bool [N, N + M], what
     else is of a pair's own texts, and so not among its negatives; where alpha < 1, ``ntp_ids`` and
-    ``ntp_lengths``, N rows of mixed next-token prediction. Rows are right-padded.
+    ``ntp_lengths``, N rows of mixed next-token prediction. Rows are right-padded. A lexical batch
+    has, instead of pairs, ``lex_ids`` and ``lex_lengths`` of N texts, and ``lex_similar``, float32
+    [N, N of all processes]: the cosines of their words (`lexical`), -inf of a text with itself.
 
     Several sources take turns, one batch each. ``mix`` takes shares of its batches from the first
     source, as spans and as cloze pairs, and the others from the last, with dropout, evenly spread.
-    A share of all contrastive batches is of labelled pairs, where there are some.
+    A share of all contrastive batches is of labelled pairs, where there are some, and a share is
+    lexical, of all sources.
 
     What is random in step s is drawn from (seed, s), and texts are read again from the start when
     they run out, in another order. Of several processes (`peers`) each gives an equal part of every
@@ -68,8 +75,8 @@ class TrainBatches(IterableDataset):
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         options = self.options
         streams = [self._contents(index) for index in range(len(self.sources))]
-        turns, pairs = self._turns(), self._labelled()
-        contrastive = pairs_taken = 0
+        turns, pairs, pools = self._turns(), self._labelled(), self._pools()
+        contrastive = pairs_taken = lexical_taken = 0
         for step in range(options.steps):
             rng = random.Random(f"{options.seed}/{step}")
             alpha = self._alpha(step)
@@ -78,14 +85,20 @@ class TrainBatches(IterableDataset):
             if alpha > 0.0 and self.pairs and options.pairs_share * contrastive > pairs_taken:
                 labelled = [next(pairs) for _ in range(options.batch_size)]
                 pairs_taken += 1
+            pool = None
+            if alpha > 0.0 and not labelled and options.lexical_share * contrastive > lexical_taken:
+                pool = next(pools)
+                lexical_taken += 1
             contents: list[list[int]] = []
-            if not labelled or alpha < 1.0:
+            if not (labelled or pool) or alpha < 1.0:
                 kind, source = next(turns)
                 contents = [next(streams[source]) for _ in range(options.batch_size)]
             if step < self.start_step:
                 continue
             batch = {"alpha": torch.tensor(alpha)}
-            if alpha > 0.0:
+            if pool is not None:
+                batch |= self._lexical(pool, rng)
+            elif alpha > 0.0:
                 drawn = labelled or [
                     ([content, content], self._pair(content, kind, rng)) for content in contents
                 ]
@@ -198,6 +211,32 @@ class TrainBatches(IterableDataset):
                     f"{self.options.batch_size}: give more pairs, or a smaller --batch-size"
                 )
             epoch += 1
+
+    def _pools(self) -> Iterator[Neighbourhoods]:
+        """For each lexical batch the texts that it is drawn from: as many as serve so often."""
+        options, epoch = self.options, 0
+        while True:
+            pooled: list[Iterator[str]] = []
+            for index, source in enumerate(self.sources):
+                rng = random.Random(f"{options.seed}/{index}/lexical/{epoch}")
+                pooled.append(shuffled(source, rng))
+            while texts := self._pool(pooled):
+                pool = Neighbourhoods(texts, options.stemmer)
+                for _ in range(max(1, len(texts) // options.batch_size)):
+                    yield pool
+            epoch += 1
+
+    def _pool(self, pooled: list[Iterator[str]]) -> list[str]:
+        share = LEXICAL_TEXTS // len(pooled)
+        return [text for texts in pooled for text in itertools.islice(texts, share)]
+
+    def _lexical(self, pool: Neighbourhoods, rng: random.Random) -> dict[str, torch.Tensor]:
+        texts = pool.draw(self.options.batch_size, rng)
+        contents = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        rows = [passage(content[: self.max_content], rng) for content in contents]
+        similar = pool.similarities(self.tokenizer.batch_decode(rows)).fill_diagonal_(-torch.inf)
+        ids, lengths = pad([self.template.wrap_to_embed(row) for row in rows[self._own]])
+        return {"lex_ids": ids, "lex_lengths": lengths, "lex_similar": similar[self._own]}
 
     def _contrastive(self, pairs: Sequence[list[list[int]]]) -> dict[str, torch.Tensor]:
         rows = [pair[side] for side in (0, 1) for pair in pairs]

@@ -15,6 +15,7 @@ from gem_vllm.training.choices import AlphaSchedule
 
 MAX_SCALE = 100.0
 MAX_LOG_TEMPERATURE = math.log(MAX_SCALE)
+LEXICAL_SCALE = 20.0
 
 
 def pool(hidden: torch.Tensor, pooling: str) -> torch.Tensor:
@@ -60,6 +61,21 @@ def info_nce(
             back = back.masked_fill(repeats[:, : back.shape[1]], -torch.inf)
         loss = 0.5 * (loss + F.cross_entropy(back, target))
     return loss
+
+
+def lexical_loss(embeddings: torch.Tensor, similar: torch.Tensor) -> torch.Tensor:
+    """How far cosines of embeddings are from cosines of words (ours; `lexical`).
+
+    embeddings: [N, d], float32, L2-normalised, of this process; similar: float32 [N, texts of all
+    processes], -inf where a text is compared with itself. Each row, times ``LEXICAL_SCALE``, is a
+    distribution over the other texts. Returns a scalar: the mean over the rows of the divergence
+    of the embeddings' from the words' (Kullback and Leibler).
+    """
+    itself = similar == -torch.inf
+    found = LEXICAL_SCALE * embeddings @ peers.gather(embeddings).T
+    found = found.masked_fill(itself, torch.finfo(found.dtype).min).log_softmax(dim=1)
+    wanted = (LEXICAL_SCALE * similar).softmax(dim=1)
+    return F.kl_div(found, wanted, reduction="batchmean")
 
 
 def leading(embeddings: torch.Tensor, size: int | None) -> torch.Tensor:

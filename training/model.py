@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from gem_vllm.training import peers
 from gem_vllm.training.losses import (
     info_nce,
     leading,
+    lexical_loss,
     next_token_loss,
     next_token_total,
     pool,
@@ -35,6 +36,8 @@ class GemTrainingModel(nn.Module, ABC):
     ``rows_per_pass``: texts of the contrastive phase that are computed at once; None for all.
     ``matryoshka``: sizes of leading parts of an embedding that are embeddings, too: the contrastive
     loss is the mean over these and the whole (arXiv 2205.13147).
+    ``teacher``: gives the cosines that lexical batches teach beside those of words, as `cosines`
+    of another model does; None for the words alone.
     ``in_step``: each process holds a part of the base, so all must make as many passes over it.
     """
 
@@ -59,6 +62,7 @@ class GemTrainingModel(nn.Module, ABC):
         self.symmetric = symmetric
         self.rows_per_pass = rows_per_pass
         self.matryoshka = matryoshka
+        self.teacher: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
         self.log_temperature = nn.Parameter(torch.tensor(math.log(scale)))
         self.config = self.base.config.get_text_config()
         if getattr(self.config, "attn_logit_softcapping", None) is not None:
@@ -94,6 +98,15 @@ class GemTrainingModel(nn.Module, ABC):
         """Embeddings, float32 [N, d] of length 1, of texts as `special_states` takes them."""
         return pool(self.special_states(token_ids, lengths), self.pooling)
 
+    @torch.no_grad()
+    def cosines(self, token_ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """Of the embeddings of texts, as `special_states` takes them, with those of all processes.
+
+        Returns float32 [N, texts of all processes].
+        """
+        embeddings = pool(self._contrastive_states(token_ids, lengths), self.pooling)
+        return embeddings @ peers.gather(embeddings).T
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states [P, hidden] to logits [P, V], softcapped where the base does."""
         logits = self.base.get_output_embeddings()(hidden)
@@ -110,8 +123,13 @@ class GemTrainingModel(nn.Module, ABC):
         cl_pairs: torch.Tensor | None = None,
         cl_seen: torch.Tensor | None = None,
         cl_repeats: torch.Tensor | None = None,
+        lex_ids: torch.Tensor | None = None,
+        lex_lengths: torch.Tensor | None = None,
+        lex_similar: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
-        """A batch of ``TrainBatches`` to ``loss``, and ``loss_ntp`` and ``loss_cl`` where computed.
+        """A batch of ``TrainBatches`` to ``loss``, and to its parts where they are computed.
+
+        These are ``loss_ntp`` and, both weighed by alpha, ``loss_cl`` or ``loss_lex``.
 
         No suffix is computed, nor any logit, in the contrastive phase (alpha 1).
         """
@@ -123,8 +141,7 @@ class GemTrainingModel(nn.Module, ABC):
         if cl_ids is not None and cl_lengths is not None:
             states = self._contrastive_states(cl_ids, cl_lengths, cl_seen)
             with torch.autocast(states.device.type, enabled=False):
-                pooled = pool(states, self.pooling)
-                count = len(pooled) // 2 if cl_pairs is None else int(cl_pairs)
+                count = len(states) // 2 if cl_pairs is None else int(cl_pairs)
                 by_size = [
                     info_nce(
                         part[:count],
@@ -134,14 +151,27 @@ class GemTrainingModel(nn.Module, ABC):
                         negatives=part[2 * count :],
                         repeats=cl_repeats,
                     )
-                    for part in (leading(pooled, size) for size in (None, *self.matryoshka))
+                    for part in self._sizes(states)
                 ]
                 losses["loss_cl"] = torch.stack(by_size).mean()
             total = total + alpha * losses["loss_cl"]
+        if lex_ids is not None and lex_lengths is not None and lex_similar is not None:
+            if self.teacher is not None:
+                lex_similar = 0.5 * (lex_similar + self.teacher(lex_ids, lex_lengths))
+            states = self._contrastive_states(lex_ids, lex_lengths)
+            with torch.autocast(states.device.type, enabled=False):
+                by_size = [lexical_loss(part, lex_similar) for part in self._sizes(states)]
+                losses["loss_lex"] = torch.stack(by_size).mean()
+            total = total + alpha * losses["loss_lex"]
         return {"loss": total, **losses}
 
+    def _sizes(self, states: torch.Tensor) -> list[torch.Tensor]:
+        """Embeddings of states [N, k, hidden], and their leading parts that are embeddings, too."""
+        pooled = pool(states, self.pooling)
+        return [leading(pooled, size) for size in (None, *self.matryoshka)]
+
     def _contrastive_states(
-        self, token_ids: torch.Tensor, lengths: torch.Tensor, seen: torch.Tensor | None
+        self, token_ids: torch.Tensor, lengths: torch.Tensor, seen: torch.Tensor | None = None
     ) -> torch.Tensor:
         """`special_states`, with ``rows_per_pass`` a part at a time.
 

@@ -46,7 +46,11 @@ MODES = {
     "full": "All weights were trained.",
     "lora": "A LoRA was trained and merged into the weights.",
 }
-LOSSES = {"loss_ntp": "Next-token loss", "loss_cl": "Contrastive loss"}
+LOSSES = {
+    "loss_ntp": "Next-token loss",
+    "loss_cl": "Contrastive loss",
+    "loss_lex": "Lexical loss",
+}
 
 
 def write_model_card(
@@ -91,7 +95,7 @@ def command_line(options: TrainOptions) -> str:
     for spec in options.data:
         words += [flag("data"), _name_of(spec)]
     words += [flag("out"), options.out.name]
-    for name in ("pairs", "held_out_pairs"):
+    for name in ("pairs", "held_out_pairs", "teacher"):
         if (file := getattr(options, name)) is not None:
             words += [flag(name), Path(file).name]
     defaults = TrainOptions(
@@ -101,7 +105,7 @@ def command_line(options: TrainOptions) -> str:
         mode=options.mode,
         steps=options.steps,
     )
-    left_out = {"base", "data", "pairs", "held_out_pairs", *FREE_ON_RESUME}
+    left_out = {"base", "data", "pairs", "held_out_pairs", "teacher", *FREE_ON_RESUME}
     always = {"mode", "steps"}
     if options.held_out_pairs is not None:
         left_out -= {"save_every", "patience"}  # which checkpoints there are to choose from

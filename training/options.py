@@ -22,6 +22,7 @@ from gem_vllm.training.choices import (
     Pooling,
     Positives,
 )
+from gem_vllm.training.lexical import NEIGHBOURHOOD, STEMMERS
 from gem_vllm.training.losses import MAX_SCALE
 from gem_vllm.training.positives import MIN_SPAN_TOKENS
 
@@ -69,6 +70,9 @@ class TrainOptions:
     span_share: float = 0.5
     span_tokens: int = 64
     cloze_share: float = 0.0
+    lexical_share: float = 0.0
+    teacher: Path | None = None
+    stemmer: str = "english"
     scale: float = 20.0
     symmetric: bool = False
     matryoshka: tuple[int, ...] = ()
@@ -125,6 +129,7 @@ class TrainOptions:
             "data": [_content(spec) for spec in self.data],
             "pairs": self.pairs and _content(self.pairs),
             "held_out_pairs": self.held_out_pairs and _content(self.held_out_pairs),
+            "teacher": self.teacher and content_sha256(self.teacher),
             "matryoshka": list(self.matryoshka),
         }
         if self.alpha_schedule == "constant":
@@ -175,9 +180,14 @@ class TrainOptions:
             "span_share",
             "cloze_share",
             "pairs_share",
+            "lexical_share",
         ):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise GemError(f"{flag(name)} must be from 0 to 1")
+        if self.lexical_share > 0.0 and self.batch_size < NEIGHBOURHOOD:
+            raise GemError(f"--lexical-share needs a --batch-size of at least {NEIGHBOURHOOD}")
+        if self.stemmer not in STEMMERS:
+            raise GemError(f"--stemmer must be one of {', '.join(STEMMERS)}")
         for name in ("rows_per_pass", "lora_last_layers"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise GemError(f"{flag(name)} must be at least 1")
@@ -213,6 +223,10 @@ class TrainOptions:
                 f"--positives mix reads two --data, and {len(self.data)} are given: put the texts "
                 "for spans into one file, and those for dropout into another"
             )
+        if self.teacher is not None and self.lexical_share == 0.0:
+            raise GemError("--teacher teaches in lexical batches; give a --lexical-share")
+        if self.teacher is not None and self.shard:
+            raise GemError("--teacher is whole in every process; give it without --shard")
         if self.alpha == 0.0 and self.pairs is not None:
             raise GemError(
                 "--pairs are for contrastive steps, and with --alpha 0 there are none; give a "

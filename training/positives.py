@@ -58,6 +58,14 @@ def cloze_pair(token_ids: list[int], rng: random.Random) -> tuple[list[int], lis
     return query, rest
 
 
+def passage(token_ids: list[int], rng: random.Random) -> list[int]:
+    """The text, or as often a random span of it, of 192 tokens at most: passages and queries."""
+    longest = min(len(token_ids), MAX_REST_TOKENS)
+    if len(token_ids) > MIN_SPAN_TOKENS and rng.random() < 0.5:
+        return _span(token_ids, longest, rng)
+    return token_ids[:longest]
+
+
 def shared_texts(pairs: Sequence[list[list[int]]]) -> torch.Tensor:
     """Which candidates are no negatives for a pair, as it has their text, too.
 

@@ -29,6 +29,7 @@ from gem_vllm.training.model_card import source_commit, write_model_card
 from gem_vllm.training.modes import model_class
 from gem_vllm.training.options import TrainOptions, flag
 from gem_vllm.training.sharding import ShardedTrainer, shard_base
+from gem_vllm.training.teacher import load_teacher
 from gem_vllm.training.trainer import SPEARMAN, GemTrainer, whole_checkpoints
 from gem_vllm.weights import EMBEDDING, read_tensor, weights_size
 
@@ -127,6 +128,11 @@ def make_trainer(options: TrainOptions, *, progress: bool = True):
         raise GemError(f"--matryoshka is over an embedding's size, which is {size} here")
     training_model = build_model(model, special_ids, options)
     arguments = training_arguments(options, bf16=dtype == torch.bfloat16)
+    if options.teacher is not None:
+        teacher = load_teacher(
+            options, plain_tokenizer.get_vocab(), batches.template.instruction, dtype=dtype
+        )
+        training_model.teacher = teacher.to(arguments.device).cosines
     if options.shard:
         shard_base(training_model, options, arguments.device)
     trainer = (ShardedTrainer if options.shard else GemTrainer)(
@@ -241,6 +247,8 @@ def _check_folders(options: TrainOptions, *, resume: bool, overwrite: bool) -> N
         raise GemError("give --resume or --overwrite, not both")
     if not os.path.isdir(options.base):
         raise GemError(f"--base {options.base} is not a folder; name a model folder here")
+    if options.teacher is not None and not os.path.isdir(options.teacher):
+        raise GemError(f"--teacher {options.teacher} is not a folder; name a GEM checkpoint here")
     refuse_inside(options.out, options.base)  # checkpoints there would change its hash
     used = [path for path in (options.out, run) if path.exists() and not _is_empty(path)]
     if used and not resume and not overwrite:

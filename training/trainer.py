@@ -33,6 +33,8 @@ from gem_vllm.training.options import TrainOptions
 
 WHOLE = "whole.json"
 SPEARMAN = "eval_spearman"
+LOSSES = ("loss_ntp", "loss_cl", "loss_lex")
+LENGTHS = ("cl_lengths", "ntp_lengths", "lex_lengths")
 
 
 class GemTrainer(Trainer):
@@ -102,7 +104,7 @@ class GemTrainer(Trainer):
         kwargs["return_outputs"] = False
         outputs = model(**inputs)
         means = {name: peers.total(value) / peers.count() for name, value in outputs.items()}
-        for name in ("loss_ntp", "loss_cl"):
+        for name in LOSSES:
             if name in means:
                 self._window.setdefault(name, []).append(means[name].item())
         if not torch.isfinite(means["loss"]):
@@ -110,9 +112,7 @@ class GemTrainer(Trainer):
                 f"the loss is not finite at step {self.state.global_step + 1}; "
                 "use a lower learning rate, or --dtype float32"
             )
-        self._window_tokens += sum(
-            int(inputs[name].sum()) for name in ("cl_lengths", "ntp_lengths") if name in inputs
-        )
+        self._window_tokens += sum(int(inputs[name].sum()) for name in LENGTHS if name in inputs)
         return outputs["loss"]
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -130,7 +130,7 @@ class GemTrainer(Trainer):
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the two losses, the temperature and tokens/s since the last log."""
+        """Add the losses, the temperature and tokens/s since the last log."""
         if "loss" in logs:
             seconds = time.perf_counter() - self._window_start
             logs |= {name: sum(values) / len(values) for name, values in self._window.items()}
@@ -163,7 +163,7 @@ def learning_rate_at(step: int, options: TrainOptions) -> float:
 class LossProgress(ProgressCallback):
     """A bar with steps, remaining time, the losses and tokens/s."""
 
-    SHOWN = ("loss_ntp", "loss_cl", SPEARMAN, "tokens_per_s")
+    SHOWN = (*LOSSES, SPEARMAN, "tokens_per_s")
 
     def on_log(
         self,

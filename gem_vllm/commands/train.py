@@ -123,6 +123,29 @@ def train(
     cloze_share: Annotated[
         float, typer.Option(help="Of mix, the share of cloze.", rich_help_panel=_CONTRASTIVE)
     ] = 0.0,
+    lexical_share: Annotated[
+        float,
+        typer.Option(
+            help="Share of the contrastive batches that are of texts which share words, and teach "
+            "that cosines of embeddings are those of the words, weighted by how rare they are.",
+            rich_help_panel=_CONTRASTIVE,
+        ),
+    ] = 0.0,
+    teacher: Annotated[
+        Path | None,
+        typer.Option(
+            help="A GEM checkpoint with the base's vocabulary: in these batches its cosines are "
+            "taught as well as those of the words, half and half.",
+            rich_help_panel=_CONTRASTIVE,
+        ),
+    ] = None,
+    stemmer: Annotated[
+        str,
+        typer.Option(
+            help="For these words: Snowball's, by language, or none.",
+            rich_help_panel=_CONTRASTIVE,
+        ),
+    ] = "english",
     scale: Annotated[
         float,
         typer.Option(
@@ -305,6 +328,9 @@ def train(
         span_share=span_share,
         span_tokens=span_tokens,
         cloze_share=cloze_share,
+        lexical_share=lexical_share,
+        teacher=teacher,
+        stemmer=stemmer,
         scale=scale,
         symmetric=symmetric,
         matryoshka=tuple(matryoshka or ()),

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from gem_vllm.training.options import TrainOptions
 from gem_vllm.training.run import train
-from gem_vllm.training.trainer import GemTrainer
+from gem_vllm.training.trainer import LOSSES, GemTrainer
 
 WORDS = (
     "bread river stone bridge library moon people rock capital city flour yeast water first old "
@@ -61,7 +61,7 @@ def losses(options: TrainOptions) -> dict[str, list[float]]:
     for folder in sorted((options.run_folder / "runs").iterdir()):
         events = EventAccumulator(str(folder))
         events.Reload()
-        for name in ("loss_ntp", "loss_cl"):
+        for name in LOSSES:
             if f"train/{name}" in events.Tags()["scalars"]:
                 for event in events.Scalars(f"train/{name}"):
                     by_step.setdefault(name, {})[event.step] = event.value

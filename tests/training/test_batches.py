@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
-from itertools import islice, pairwise
+from itertools import combinations, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,32 @@ def test_mix_takes_turns(make: Make, texts: Path, tmp_path: Path) -> None:
 def test_shares_of_the_mix(make: Make, spans: float, cloze: float, kinds: str) -> None:
     batches = make(positives="mix", span_share=spans, cloze_share=cloze)
     assert "".join(kind[0] for kind, _ in islice(batches._turns(), 12)) == kinds
+
+
+def test_a_share_is_of_texts_that_share_words(make: Make, tmp_path: Path) -> None:
+    pairs = write_pairs(tmp_path, [{"anchor": "the river", "positive": "a bridge"}] * 16)
+    changes = {"lexical_share": 0.5, "pairs": pairs, "pairs_share": 0.25, "max_tokens": 20}
+    batches = list(make(add_bos=False, **changes))
+    kinds = "".join(
+        "w" if "lex_ids" in batch else "p" if "cl_repeats" in batch else "." for batch in batches
+    )
+    assert kinds == "pww.pww.pww."
+    plain = make().tokenizer
+    for batch in batches:
+        assert ("lex_ids" in batch) != ("cl_ids" in batch)
+        if "lex_ids" not in batch:
+            continue
+        ids, lengths, similar = batch["lex_ids"], batch["lex_lengths"], batch["lex_similar"]
+        assert len(ids) == len(lengths) == 16
+        assert lengths.max() <= 20 - len(SPECIAL)
+        assert (similar.diagonal() == -torch.inf).all()
+        torch.testing.assert_close(similar, similar.T)
+        said = [set(plain.decode(row[:n]).split()) for row, n in zip(ids, lengths, strict=True)]
+        for first, second in combinations(range(16), 2):
+            assert bool(similar[first, second] > 0) == bool(said[first] & said[second])
+    later = make(add_bos=False, **changes)
+    later.start_step = 7
+    assert all(same(*pair) for pair in zip(batches[7:], later, strict=True))
 
 
 def test_two_masks_of_each_text(make: Make) -> None:

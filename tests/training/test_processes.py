@@ -76,27 +76,32 @@ def pairs(tmp_path: Path) -> str:
     [
         {"symmetric": True, "matryoshka": (16,)},
         {"positives": "masks", "rows_per_pass": 3},
+        {"lexical_share": 0.5, "pairs_share": 0.25, "matryoshka": (16,)},
         {"mode": "full", "raw_share": 0.5},
     ],
-    ids=["adapter", "masks", "full"],
+    ids=["adapter", "masks", "lexical", "full"],
 )
 def test_two_processes_train_as_one(
     options: TrainOptions, changes: dict[str, Any], pairs: str, tmp_path: Path
 ) -> None:
-    options = dataclasses.replace(
-        options, pairs=pairs, pairs_share=0.5, contrastive_learning_rate=1e-3, **changes
-    )
+    changes = {"pairs_share": 0.5, **changes}
+    options = dataclasses.replace(options, pairs=pairs, contrastive_learning_rate=1e-3, **changes)
     train(options, progress=False)
     together = dataclasses.replace(options, out=tmp_path / "together")
     done = launch(together)
     assert done.returncode == 0, done.stderr[-3000:]
     expected, found = losses(options), losses(together)
-    for name in ("loss_ntp", "loss_cl"):
+    assert found.keys() == expected.keys()
+    for name in expected:
         assert found[name] == pytest.approx(expected[name], abs=1e-3)
-        assert len(found[name]) == options.steps
+    contrastive = len(found["loss_cl"]) + len(found.get("loss_lex", ()))
+    assert len(found["loss_ntp"]) == contrastive == options.steps
     for name, value in weights(options).items():
         torch.testing.assert_close(weights(together)[name], value, atol=2e-3, rtol=1e-2)
-    assert "50% of the batches are of `pairs.jsonl`" in (together.out / "README.md").read_text()
+    assert (
+        f"{options.pairs_share:.0%} of the batches are of `pairs.jsonl`"
+        in (together.out / "README.md").read_text()
+    )
 
 
 @pytest.mark.parametrize(
