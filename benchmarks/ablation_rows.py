@@ -27,6 +27,7 @@ class Row:
         pairs: which file of pairs `ablations.py` makes for it: ``lead``, ``keywords``,
             ``questions``, ``questions-16k``, ``mined``.
         dimensions: further sizes at which embeddings are measured.
+        taught: whether the model of the row ``base`` is its teacher.
         on_gpu: whether it is trained on a GPU, and left out where there is none.
     """
 
@@ -35,6 +36,7 @@ class Row:
     changes: dict[str, Any] = field(default_factory=dict)
     pairs: str | None = None
     dimensions: tuple[int, ...] = ()
+    taught: bool = False
     on_gpu: bool = False
 
 
@@ -48,6 +50,15 @@ TOGETHER: dict[str, Any] = {
 }
 # Of four times as many questions, and with time.
 LONGER: dict[str, Any] = {**TOGETHER, "pairs_share": 0.33, "rows_per_pass": 256}
+# As the shipped adapter is trained, but for fewer steps and by another teacher.
+LEXICAL: dict[str, Any] = {
+    "lexical_share": 1.0,
+    "batch_size": 64,
+    "contrastive_learning_rate": 1.5e-3,
+    "lora_rank": 32,
+    "lora_alpha": 64,
+    "lora_last_layers": 15,
+}
 SIZES = (64, 128, 256)
 GROUPS: dict[str, list[Row]] = {
     "The recipe, by seed": [
@@ -75,6 +86,14 @@ GROUPS: dict[str, list[Row]] = {
             pairs="keywords"),
         Row("questions", "a quarter of questions that the base has written, and their passages",
             pairs="questions"),
+    ],
+    "Words": [
+        Row("words-half", "half of the batches lexical", {"lexical_share": 0.5}),
+        Row("words", "all batches lexical", {"lexical_share": 1.0}),
+        Row("words-64", "the same, batches of 64, rank 32 on the last 15 layers, rate 1.5e-3",
+            LEXICAL),
+        Row("words-taught", "the same, with the recipe's model as the teacher", LEXICAL,
+            taught=True),
     ],
     "Negatives": [
         Row("batch-64", "batches of 64", {"batch_size": 64, "rows_per_pass": 64}),

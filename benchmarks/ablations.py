@@ -56,7 +56,7 @@ def main() -> None:
     settings = settings_of(args)
     check_same_settings(file, (row.get("settings", {}) for row in results.values()), settings)
     todo = rows_to_do([rows[name] for name in dict.fromkeys(args.rows or rows)], results)
-    check_mining(todo, args.work)
+    check_model_of_base(todo, args.work)
     check_work(args.work, settings)
     # Of the code that is loaded now, whatever is edited while it runs.
     commit = source_commit()
@@ -109,14 +109,15 @@ def rows_to_do(rows: Iterable[Row], results: Mapping[str, Any]) -> list[Row]:
     return todo
 
 
-def check_mining(todo: Sequence[Row], work: Path) -> None:
-    """Raise GemError where a row mines with the model of the row ``base``, and there is none."""
+def check_model_of_base(todo: Sequence[Row], work: Path) -> None:
+    """Raise GemError where a row needs the model of the row ``base``, and there is none."""
     for number, row in enumerate(todo):
         trained = "base" in {each.name for each in todo[:number]} or (work / "base").is_dir()
-        if row.pairs == "mined" and not (trained or pairs_file("mined", work).is_file()):
+        mines = row.pairs == "mined" and not pairs_file("mined", work).is_file()
+        if (mines or row.taught) and not trained:
             raise GemError(
-                f"the row {row.name} mines with the model of the row base, and {work / 'base'} is "
-                f"not there; give --rows base {row.name}, and an --out without results of base"
+                f"the row {row.name} needs the model of the row base, and {work / 'base'} is not "
+                f"there; give --rows base {row.name}, and an --out without results of base"
             )
 
 
@@ -135,6 +136,8 @@ def run(row: Row, args: argparse.Namespace, prefixes: dict[bool, Prefixes]) -> d
     changes: dict[str, Any] = {**RECIPE, **row.changes}
     if row.pairs:
         changes["pairs"] = str(make_pairs(row.pairs, args))
+    if row.taught:
+        changes["teacher"] = args.work / "base"
     options = TrainOptions(
         base=args.base,
         data=(str(args.paragraphs), str(args.sentences)),
@@ -156,7 +159,7 @@ def run(row: Row, args: argparse.Namespace, prefixes: dict[bool, Prefixes]) -> d
     for size in row.dimensions:
         embedder.dimensions = size
         result["dimensions"][str(size)] = development_scores(embedder, args.tasks)
-    if row.name != "base" and not args.keep:  # mining starts from that one
+    if row.name != "base" and not args.keep:  # that one mines and teaches
         shutil.rmtree(options.out)
     return result
 

@@ -84,7 +84,7 @@ class Neighbourhoods:
         drawn: list[str] = []
         while len(drawn) < count:
             centre = rng.randrange(len(self.texts))
-            near = (self._vectors[centre] @ self._vectors.T).toarray()[0]
+            near = self._vectors @ self._vectors[centre].toarray()[0]
             near[centre] = -1.0
             most = min(NEIGHBOURS, len(self.texts) - 1)
             nearest = np.argpartition(-near, most - 1)[:most].tolist()

@@ -13,7 +13,7 @@ from ablation_rows import GROUPS, RECIPE, Row
 from ablations import (
     LEAST_KEYWORDS,
     MOST_KEYWORDS,
-    check_mining,
+    check_model_of_base,
     check_work,
     keywords,
     lead,
@@ -33,6 +33,8 @@ BY_NAME = {row.name: row for row in ROWS}
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_every_row_is_a_run(row: Row, tmp_path: Path) -> None:
     options = {**RECIPE, **row.changes}
+    if row.taught:
+        options["teacher"] = tmp_path
     TrainOptions(base=tmp_path, data=("a.txt", "b.txt"), out=tmp_path / row.name, **options)
     assert [each.name for each in ROWS].count(row.name) == 1
 
@@ -58,15 +60,16 @@ def test_rows_for_a_gpu_are_left_out_where_there_is_none(
         assert (f"{name}: left out" in told) == (not cuda)
 
 
-def test_a_row_that_mines_wants_the_model_that_it_mines_with(tmp_path: Path) -> None:
-    base, mined = BY_NAME["base"], BY_NAME["mined"]
-    for todo in ([mined], [mined, base]):
-        with pytest.raises(GemError, match="give --rows base mined"):
-            check_mining(todo, tmp_path)
-    check_mining([base, mined], tmp_path)
-    check_mining([base], tmp_path)
+@pytest.mark.parametrize("name", ["mined", "words-taught"])
+def test_a_row_that_mines_or_is_taught_wants_the_model_that_does(name: str, tmp_path: Path) -> None:
+    base, row = BY_NAME["base"], BY_NAME[name]
+    for todo in ([row], [row, base]):
+        with pytest.raises(GemError, match=f"give --rows base {name}"):
+            check_model_of_base(todo, tmp_path)
+    check_model_of_base([base, row], tmp_path)
+    check_model_of_base([base], tmp_path)
     (tmp_path / "base").mkdir()
-    check_mining([mined], tmp_path)
+    check_model_of_base([row], tmp_path)
 
 
 def test_files_count_by_what_they_hold(tmp_path: Path) -> None:
