@@ -30,8 +30,10 @@ from gem_vllm.training.sequences import Template, mixed_sequence, pad
 
 TOKENIZE_AT_ONCE = 256
 NEGATIVES_PER_PAIR = 4
-# Held in memory at once, of all sources together, to find texts that share words.
+# Held in memory at once, of all sources together, to find texts that share words; of each, so many
+# characters for every token that may be used.
 LEXICAL_TEXTS = 1 << 16
+LEXICAL_CHARACTERS = 8
 
 # Token ids of texts (an anchor, a positive, negatives), and the rows that are made of them.
 _Drawn = tuple[list[list[int]], list[list[int]]]
@@ -213,7 +215,10 @@ class TrainBatches(IterableDataset):
             epoch += 1
 
     def _pools(self) -> Iterator[Neighbourhoods]:
-        """For each lexical batch the texts that it is drawn from: as many as serve so often."""
+        """For each lexical batch the texts that it is drawn from, which are read a pool at a time.
+
+        A pool serves as many batches as it has texts for.
+        """
         options, epoch = self.options, 0
         while True:
             pooled: list[Iterator[str]] = []
@@ -227,8 +232,8 @@ class TrainBatches(IterableDataset):
             epoch += 1
 
     def _pool(self, pooled: list[Iterator[str]]) -> list[str]:
-        share = LEXICAL_TEXTS // len(pooled)
-        return [text for texts in pooled for text in itertools.islice(texts, share)]
+        share, most = LEXICAL_TEXTS // len(pooled), LEXICAL_CHARACTERS * self.max_content
+        return [text[:most] for texts in pooled for text in itertools.islice(texts, share)]
 
     def _lexical(self, pool: Neighbourhoods, rng: random.Random) -> dict[str, torch.Tensor]:
         texts = pool.draw(self.options.batch_size, rng)
