@@ -37,7 +37,6 @@ class WordVectors:
 
     def __init__(self, texts: Sequence[str], stemmer: str) -> None:
         self._stemmer = None if stemmer == NO_STEMMER else Stemmer.Stemmer(stemmer)
-        self._column: dict[str, int] = {}
         seen_in: Counter[str] = Counter()
         for text in texts:
             seen_in.update(set(self._words(text)))

@@ -130,7 +130,11 @@ def make_trainer(options: TrainOptions, *, progress: bool = True):
     arguments = training_arguments(options, bf16=dtype == torch.bfloat16)
     if options.teacher is not None:
         teacher = load_teacher(
-            options, plain_tokenizer.get_vocab(), batches.template.instruction, dtype=dtype
+            options.teacher,
+            plain_tokenizer.get_vocab(),
+            batches.template.instruction,
+            dtype=dtype,
+            rows_per_pass=options.rows_per_pass,
         )
         training_model.teacher = teacher.to(arguments.device).cosines
     if options.shard:
