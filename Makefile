@@ -3,6 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 # The other supported version, for `make test-vllm`.
 VLLM ?= 0.31.0
+# Two files at a time, most of them busy on one core; those with Ray clusters, which count on both
+# cores, one by one. PYTHONFAULTHANDLER: pytest's own handler is gone before the interpreter ends,
+# which can crash too.
+define run-tests
+	PYTHONFAULTHANDLER=1 $(1)/pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/serving $(2)
+	PYTHONFAULTHANDLER=1 $(1)/pytest $(2) tests/serving
+endef
 
 .PHONY: help setup demo test test-full test-gpu test-vllm lint format clean
 
@@ -20,19 +27,18 @@ lint: setup  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy gem_vllm
 
-# The variable: pytest's own handler is gone before the interpreter ends, which can crash too.
-test: lint  ## lint, then the tests
-	PYTHONFAULTHANDLER=1 $(BIN)/pytest
+test: lint  ## lint, then the tests: about 35 minutes on 2 cores
+	$(call run-tests,$(BIN))
 
 test-full: lint  ## lint, then all tests, those too that take minutes each
-	PYTHONFAULTHANDLER=1 $(BIN)/pytest -m "not gpu"
+	$(call run-tests,$(BIN),-m "not gpu")
 
 test-gpu: setup  ## the tests that need a CUDA device; without one they are skipped
 	$(BIN)/pytest -m gpu tests/gpu
 
 test-vllm:  ## the tests on the oldest vLLM that is supported, or on VLLM=VERSION
 	@$(PYTHON) tools/setup_env.py --vllm $(VLLM)
-	.venv-vllm-$(VLLM)/bin/pytest
+	$(call run-tests,.venv-vllm-$(VLLM)/bin)
 
 format: setup  ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .

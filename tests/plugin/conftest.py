@@ -41,6 +41,7 @@ def attending_by(backend: str) -> Iterator[None]:
             lambda: register_backend(AttentionBackendEnum.CPU_ATTN, backend),
         )
         yield
+    AttentionBackendEnum.CPU_ATTN.clear_override()
     _cached_get_attn_backend.cache_clear()
 
 
@@ -60,14 +61,32 @@ def running_engine(folder: Path | str, **options: Any) -> Iterator[LLM]:
     options = {**defaults, **options}
     if current_platform.is_cuda_alike() and options["dtype"] == "float32":
         pytest.skip("FlashAttention has no float32; `make test-gpu` tests what it has")
-    llm = LLM(str(folder), **options)
+    with collecting_what_is_new():
+        llm = LLM(str(folder), **options)
+        try:
+            yield llm
+        finally:
+            llm.llm_engine.engine_core.shutdown()
+            del llm
+            cleanup_dist_env_and_memory()
+            gc.collect()
+
+
+@contextmanager
+def collecting_what_is_new() -> Iterator[None]:
+    """Garbage is looked for only among what is made from here on.
+
+    vLLM collects nine times from an engine's start to its end, half a second each over all that
+    the tests have imported, and thaws what is frozen.
+    """
+    gc.freeze()
     try:
-        yield llm
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("freeze", "unfreeze"):
+                patch.setattr(gc, name, lambda: None)
+            yield
     finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        cleanup_dist_env_and_memory()
-        gc.collect()
+        gc.unfreeze()
 
 
 def embed(llm: LLM, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
