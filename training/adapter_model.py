@@ -12,7 +12,7 @@ mask; the tests hold the two together.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -52,6 +52,18 @@ class AdapterModel(GemTrainingModel):
         self, token_ids: torch.Tensor, lengths: torch.Tensor, seen: torch.Tensor | None = None
     ) -> torch.Tensor:
         return self.special_pass(self.prefix_pass(token_ids, lengths), lengths, seen)
+
+    def _lexical_states(
+        self, token_ids: torch.Tensor, lengths: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """A teacher of the same base reads the prefixes that are there already."""
+        teacher = self.teacher
+        if teacher is None or not teacher.same_prefixes or self.rows_per_pass is not None:
+            return super()._lexical_states(token_ids, lengths)
+        prefix = self.prefix_pass(token_ids, lengths)
+        with torch.no_grad():
+            its = cast(AdapterModel, teacher.model).special_pass(prefix, lengths)
+        return self.special_pass(prefix, lengths), its
 
     def ordinary_states(
         self, token_ids: torch.Tensor, lengths: torch.Tensor, predicting: torch.Tensor

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
@@ -24,6 +24,9 @@ from gem_vllm.training.losses import (
 )
 from gem_vllm.training.sequences import IGNORE, next_token_targets
 
+if TYPE_CHECKING:
+    from gem_vllm.training.teacher import Teacher
+
 # Of next-token prediction: 0.6 GB of float32 logits with a vocabulary of 150,000.
 POSITIONS_AT_ONCE = 1024
 
@@ -36,8 +39,8 @@ class GemTrainingModel(nn.Module, ABC):
     ``rows_per_pass``: texts of the contrastive phase that are computed at once; None for all.
     ``matryoshka``: sizes of leading parts of an embedding that are embeddings, too: the contrastive
     loss is the mean over these and the whole (arXiv 2205.13147).
-    ``teacher``: gives the cosines that lexical batches teach beside those of words, as `cosines`
-    of another model does; None for the words alone.
+    ``teacher``: its cosines are taught in lexical batches beside those of words; None for the words
+    alone.
     ``in_step``: each process holds a part of the base, so all must make as many passes over it.
     """
 
@@ -62,7 +65,7 @@ class GemTrainingModel(nn.Module, ABC):
         self.symmetric = symmetric
         self.rows_per_pass = rows_per_pass
         self.matryoshka = matryoshka
-        self.teacher: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+        self.teacher: Teacher | None = None
         self.log_temperature = nn.Parameter(torch.tensor(math.log(scale)))
         self.config = self.base.config.get_text_config()
         if getattr(self.config, "attn_logit_softcapping", None) is not None:
@@ -97,15 +100,6 @@ class GemTrainingModel(nn.Module, ABC):
     def embed(self, token_ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """Embeddings, float32 [N, d] of length 1, of texts as `special_states` takes them."""
         return pool(self.special_states(token_ids, lengths), self.pooling)
-
-    @torch.no_grad()
-    def cosines(self, token_ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """Of the embeddings of texts, as `special_states` takes them, with those of all processes.
-
-        Returns float32 [N, texts of all processes].
-        """
-        embeddings = pool(self._contrastive_states(token_ids, lengths), self.pooling)
-        return embeddings @ peers.gather(embeddings).T
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states [P, hidden] to logits [P, V], softcapped where the base does."""
@@ -156,10 +150,12 @@ class GemTrainingModel(nn.Module, ABC):
                 losses["loss_cl"] = torch.stack(by_size).mean()
             total = total + alpha * losses["loss_cl"]
         if lex_ids is not None and lex_lengths is not None and lex_similar is not None:
-            if self.teacher is not None:
-                lex_similar = 0.5 * (lex_similar + self.teacher(lex_ids, lex_lengths))
-            states = self._contrastive_states(lex_ids, lex_lengths)
+            states, its = self._lexical_states(lex_ids, lex_lengths)
             with torch.autocast(states.device.type, enabled=False):
+                if self.teacher is not None and its is not None:
+                    embeddings = pool(its, self.teacher.model.pooling)
+                    cosines = embeddings @ peers.gather(embeddings).T
+                    lex_similar = 0.5 * (lex_similar + cosines)
                 by_size = [lexical_loss(part, lex_similar) for part in self._sizes(states)]
                 losses["loss_lex"] = torch.stack(by_size).mean()
             total = total + alpha * losses["loss_lex"]
@@ -169,6 +165,16 @@ class GemTrainingModel(nn.Module, ABC):
         """Embeddings of states [N, k, hidden], and their leading parts that are embeddings, too."""
         pooled = pool(states, self.pooling)
         return [leading(pooled, size) for size in (None, *self.matryoshka)]
+
+    def _lexical_states(
+        self, token_ids: torch.Tensor, lengths: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`_contrastive_states`, and the teacher's of the same texts, where there is one."""
+        its = None
+        if self.teacher is not None:
+            with torch.no_grad():
+                its = self.teacher.model._contrastive_states(token_ids, lengths)
+        return self._contrastive_states(token_ids, lengths), its
 
     def _contrastive_states(
         self, token_ids: torch.Tensor, lengths: torch.Tensor, seen: torch.Tensor | None = None

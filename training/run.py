@@ -129,14 +129,15 @@ def make_trainer(options: TrainOptions, *, progress: bool = True):
     training_model = build_model(model, special_ids, options)
     arguments = training_arguments(options, bf16=dtype == torch.bfloat16)
     if options.teacher is not None:
-        teacher = load_teacher(
+        training_model.teacher = load_teacher(
             options.teacher,
             plain_tokenizer.get_vocab(),
             batches.template.instruction,
+            training_model,
             dtype=dtype,
             rows_per_pass=options.rows_per_pass,
         )
-        training_model.teacher = teacher.to(arguments.device).cosines
+        training_model.teacher.model.to(arguments.device)
     if options.shard:
         shard_base(training_model, options, arguments.device)
     trainer = (ShardedTrainer if options.shard else GemTrainer)(

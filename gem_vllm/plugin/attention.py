@@ -23,7 +23,8 @@ import torch
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.attention.backends import registry
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from gem_vllm.plugin.step import GemStep, Segments, current
 
@@ -39,15 +40,15 @@ def register_attention() -> None:
     On a CPU there is but one; on CUDA `GemModelConfig` sees to it that one of these is taken.
     """
     if current_platform.is_cpu():
-        register_backend(
+        registry.register_backend(
             AttentionBackendEnum.CPU_ATTN, "gem_vllm.plugin.cpu_attention.GemCPUAttentionBackend"
         )
     else:
-        register_backend(
+        registry.register_backend(
             AttentionBackendEnum.FLASH_ATTN,
             "gem_vllm.plugin.flash_attention.GemFlashAttentionBackend",
         )
-        register_backend(
+        registry.register_backend(
             AttentionBackendEnum.FLEX_ATTENTION,
             "gem_vllm.plugin.flex_attention.GemFlexAttentionBackend",
         )

@@ -74,6 +74,26 @@ def _patch_config_hook() -> None:
         MODELS_CONFIG_MAP[architecture] = GemModelConfig
 
 
+def _patch_backend_of_later_models() -> None:
+    from vllm.v1.attention import selector
+    from vllm.v1.attention.backends import registry
+
+    original = registry.register_backend
+    _expect_parameters(original, "backend-of-later-models", "backend", "class_path")
+    _expect(
+        hasattr(selector._cached_get_attn_backend, "cache_clear"),
+        "backend-of-later-models",
+        "_cached_get_attn_backend keeps no choices",
+    )
+
+    @functools.wraps(original)
+    def register_backend(*args: Any, **kwargs: Any) -> Any:
+        selector._cached_get_attn_backend.cache_clear()
+        return original(*args, **kwargs)
+
+    registry.register_backend = register_backend
+
+
 def _patch_graphs_beside_pooling() -> None:
     from vllm.config import VllmConfig
 
@@ -332,6 +352,15 @@ LEDGER = (
         "its own worker and scheduler.",
         needless_when="ModelRegistry.register_model takes a VerifyAndUpdateConfig class.",
         apply=_patch_config_hook,
+    ),
+    Patch(
+        name="backend-of-later-models",
+        target="vllm.v1.attention.backends.registry.register_backend",
+        why="vLLM keeps which backend it has chosen for layers alike: in a process that has had a "
+        "plain model, a GEM model of the same shape would get that one's attention, without the "
+        "GEM mask.",
+        needless_when="register_backend forgets the choices made before.",
+        apply=_patch_backend_of_later_models,
     ),
     Patch(
         name="graphs-beside-pooling",

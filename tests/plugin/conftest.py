@@ -21,7 +21,8 @@ from vllm import LLM, PoolingParams, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
-from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.attention.backends import registry
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import _cached_get_attn_backend
 
 from gem_vllm.plugin import models
@@ -32,16 +33,20 @@ EMBED = PoolingParams(task="embed")
 @contextmanager
 def attending_by(backend: str) -> Iterator[None]:
     """Models that are loaded from here on attend by this class, named as an import path."""
-    # vLLM keeps what it has chosen for layers alike.
-    _cached_get_attn_backend.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             models,
             "register_attention",
-            lambda: register_backend(AttentionBackendEnum.CPU_ATTN, backend),
+            lambda: registry.register_backend(AttentionBackendEnum.CPU_ATTN, backend),
         )
         yield
-    AttentionBackendEnum.CPU_ATTN.clear_override()
+    forget_backends()
+
+
+def forget_backends() -> None:
+    """Plain models that are loaded next attend as in a process without GEM models."""
+    for backend in AttentionBackendEnum:
+        backend.clear_override()
     _cached_get_attn_backend.cache_clear()
 
 

@@ -10,6 +10,7 @@ import pytest
 from gem_vllm.config import GemConfig
 from gem_vllm.reference import ReferenceEmbedder
 from tests.plugin.conftest import (
+    forget_backends,
     free_blocks,
     named,
     noted_preemptions,
@@ -50,6 +51,20 @@ def test_generation_behind_runs(family: str, k: int, tiny_checkpoint: Callable[.
     assert tokens_of(first, len(prompts)) == load.tokens
     for i, prompt in enumerate(prompts):
         assert outputs[f"chat-{i}"].prompt_token_ids == prompt  # padding is not the user's
+
+
+def test_a_plain_model_of_the_same_shape_came_before(
+    tiny_checkpoint: Callable[..., Path], tiny_base: Callable[..., Path]
+) -> None:
+    """In one process; vLLM keeps which attention it has chosen for layers alike."""
+    folder = tiny_checkpoint("llama", k=1)
+    prompts = prompts_with_runs(GemConfig.from_pretrained(folder).special_token_ids)
+    load = MixedLoad.of(folder, prompts, random_prompts([1, 40, 128]), NEW)
+    forget_backends()
+    with running_engine(tiny_base("llama"), max_model_len=LIMIT) as llm:
+        run_together(llm, named("chat", random_prompts([3, 50]), GREEDY))
+    with running_engine(folder, max_model_len=LIMIT) as llm:
+        load.check(llm)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])

@@ -18,6 +18,8 @@ from vllm.lora.punica_wrapper import punica_cpu
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 from vllm.plugins import load_general_plugins
 from vllm.renderers.online_renderer import OnlineRenderer
+from vllm.v1.attention import selector
+from vllm.v1.attention.backends import registry
 from vllm.v1.engine.input_processor import InputProcessor
 
 from gem_vllm import compat
@@ -28,6 +30,7 @@ from gem_vllm.plugin.config import GemModelConfig
 
 NAMES = {
     "config-hook",
+    "backend-of-later-models",
     "graphs-beside-pooling",
     "offline-pooling",
     "embedding-inputs",
@@ -60,6 +63,7 @@ def test_config_hook_is_in_place() -> None:
 @pytest.mark.parametrize(
     ("owner", "attribute"),
     [
+        (registry, "register_backend"),
         (VllmConfig, "__post_init__"),
         (PoolingOfflineMixin, "__init__"),
         (PoolingIOProcessor, "render"),
@@ -75,7 +79,7 @@ def test_config_hook_is_in_place() -> None:
         (SpeculativeConfig, "verify_equal_vocab_size_if_draft_model"),
     ],
 )
-def test_function_is_wrapped_once(owner: type, attribute: str) -> None:
+def test_function_is_wrapped_once(owner: Any, attribute: str) -> None:
     patches.apply_all()
     function = getattr(owner, attribute)
     assert function.__globals__["__name__"] == "gem_vllm.plugin.patches"
@@ -85,6 +89,8 @@ def test_function_is_wrapped_once(owner: type, attribute: str) -> None:
 @pytest.mark.parametrize(
     ("owner", "attribute", "patch"),
     [
+        (registry, "register_backend", "_patch_backend_of_later_models"),
+        (selector, "_cached_get_attn_backend", "_patch_backend_of_later_models"),
         (VllmConfig, "__post_init__", "_patch_graphs_beside_pooling"),
         (InputProcessor, "process_inputs", "_patch_reserved_token_ids"),
         (PoolingIOProcessor, "render", "_patch_embedding_inputs"),
@@ -103,7 +109,7 @@ def test_function_is_wrapped_once(owner: type, attribute: str) -> None:
     ],
 )
 def test_a_moved_vllm_is_named(
-    owner: type, attribute: str, patch: str, monkeypatch: pytest.MonkeyPatch
+    owner: Any, attribute: str, patch: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def moved(self: Any, other: Any) -> None:
         """Stands for a vLLM whose function takes something else."""

@@ -8,6 +8,7 @@ import math
 import random
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -112,7 +113,11 @@ def test_training_learns_it(options: TrainOptions) -> None:
     assert "--lexical-share 1.0" in card
 
 
-def test_a_teacher_counts_as_much_as_the_words(options: TrainOptions, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rows_per_pass", [None, 3])
+def test_a_teacher_counts_as_much_as_the_words(
+    rows_per_pass: int | None, options: TrainOptions, tmp_path: Path
+) -> None:
+    options = dataclasses.replace(options, rows_per_pass=rows_per_pass)
     train(options, progress=False)
     taught = dataclasses.replace(
         options, out=tmp_path / "taught", alpha=1.0, lexical_share=1.0, teacher=options.out, seed=1
@@ -128,6 +133,28 @@ def test_a_teacher_counts_as_much_as_the_words(options: TrainOptions, tmp_path: 
     train(taught, progress=False)
     assert losses(taught).keys() == {"loss_lex"}
     assert "--teacher gem" in (taught.out / "README.md").read_text()
+
+
+def test_prefixes_are_shared_with_an_adapter_of_the_same_base(
+    options: TrainOptions, tiny_base: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Another base of the same vocabulary, or one that was trained itself, has its own."""
+    bases = {"same": options.base, "reseeded": tiny_base(seed=1), "full": options.base}
+    for name, base in bases.items():
+        mode = "full" if name == "full" else "adapter"
+        its = dataclasses.replace(options, base=base, out=tmp_path / name, mode=mode)
+        train(its, progress=False)
+        taught = dataclasses.replace(
+            options, out=tmp_path / "taught", alpha=1.0, lexical_share=1.0, teacher=its.out
+        )
+        trainer, _, _ = make_trainer(taught, progress=False)
+        model, batch = trainer.model, next(iter(trainer.train_dataset))
+        assert model.teacher.same_prefixes == (name == "same")
+        lm, _, gem_config = load_checkpoint(its.out, dtype=torch.float32)
+        taught_by = embedding_model(lm, gem_config).embed(batch["lex_ids"], batch["lex_lengths"])
+        both = 0.5 * (batch["lex_similar"] + taught_by @ taught_by.T)
+        own = model.embed(batch["lex_ids"], batch["lex_lengths"])
+        torch.testing.assert_close(model(**batch)["loss_lex"], lexical_loss(own, both))
 
 
 def test_a_teacher_that_reads_otherwise_is_refused(options: TrainOptions, tmp_path: Path) -> None:
