@@ -30,6 +30,7 @@ CHOSEN = [
     "test_flex_attention.py::test_embeddings_and_generation_behind_runs[llama]",
     "test_parallel.py::test_two_workers[pipeline, chunks and few KV blocks]",
     "test_speculative.py::test_by_a_draft[eagle3]",
+    "test_speculative.py::test_sampled_tokens[greedy]",
     "test_speculative.py::test_sampled_tokens[probabilistic]",
 ]
 WHOLE = [
