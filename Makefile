@@ -27,7 +27,7 @@ lint: setup  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy gem_vllm
 
-test: lint  ## lint, then the tests: about 35 minutes on 2 cores
+test: lint  ## lint, then the tests
 	$(call run-tests,$(BIN))
 
 test-full: lint  ## lint, then all tests, those too that take minutes each

@@ -81,8 +81,8 @@ def running_engine(folder: Path | str, **options: Any) -> Iterator[LLM]:
 def collecting_what_is_new() -> Iterator[None]:
     """Garbage is looked for only among what is made from here on.
 
-    vLLM collects nine times from an engine's start to its end, half a second each over all that
-    the tests have imported, and thaws what is frozen.
+    vLLM collects many times from an engine's start to its end, each time over all that the tests
+    have imported, and thaws what is frozen.
     """
     gc.freeze()
     try:
