@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from vllm import SamplingParams, envs
+from vllm import SamplingParams
+from vllm.v1.sample import rejection_sampler
 
 from gem_vllm.config import GemConfig
 from gem_vllm.plugin.drafter import Drafter
@@ -35,7 +36,6 @@ OPTIONS: dict[str, Any] = {
     "max_num_batched_tokens": 96,
     "disable_log_stats": False,
 }
-V1_REFUSES = "on a CPU vLLM's V1 runner refuses most of a model's own sampled tokens, of any model"
 SHAPES = [(5, 3), (31, 40), (47, 9, 33)]
 
 
@@ -129,19 +129,31 @@ def test_every_token_of_the_base_is_accepted(
         assert drafted == accepted == 6 * 30
 
 
-@pytest.mark.parametrize(
-    "sample_method",
-    [
-        "greedy",
-        pytest.param(
-            "probabilistic",
-            marks=pytest.mark.skipif(
-                not envs.VLLM_USE_V2_MODEL_RUNNER,
-                reason=f"{V1_REFUSES}; test_runner_v2.py runs this",
-            ),
-        ),
-    ],
-)
+@pytest.fixture
+def sampling_is_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU vLLM's V1 runner takes what it finds in memory for a draft's temperature.
+
+    Its shim for `rejection_sampler.expand_kernel` fills a copy and drops it (vLLM's issue 55005,
+    still open, with any model); a tiny model's own tokens are refused then, more or fewer by
+    chance. Here values are given to each of a request's tokens, as the kernel does on a GPU.
+    """
+
+    def expanded(
+        values: torch.Tensor,
+        cu_num_tokens: torch.Tensor,
+        num_tokens: int,
+        replace_from: int = 0,
+        replace_to: int = 0,
+    ) -> torch.Tensor:
+        counts = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1))
+        values = torch.where(values == replace_from, replace_to, values)
+        return values.repeat_interleave(counts, output_size=num_tokens)
+
+    monkeypatch.setattr(rejection_sampler, "expand_batch_to_tokens", expanded)
+
+
+@pytest.mark.usefixtures("sampling_is_as_asked")
+@pytest.mark.parametrize("sample_method", ["greedy", "probabilistic"])
 def test_sampled_tokens(
     sample_method: str, tiny_checkpoint: Callable[..., Path], tiny_base: Callable[..., Path]
 ) -> None:
@@ -157,9 +169,8 @@ def test_sampled_tokens(
         outputs = run_together(llm, requests)
         drafted, accepted = drafted_and_accepted(llm)
     assert drafted > 0
-    if envs.VLLM_USE_V2_MODEL_RUNNER:  # V1_REFUSES, at times all of them
-        assert accepted > 0
-        assert accepted == drafted or sample_method == "greedy"
+    assert accepted > 0
+    assert accepted == drafted or sample_method == "greedy"
     tokens = tokens_of(outputs, 3)
     assert [len(of_chat) for of_chat in tokens] == [41] * 3
     sampled = {token for of_chat in tokens for token in of_chat}
