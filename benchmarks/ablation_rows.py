@@ -28,6 +28,8 @@ class Row:
             ``questions``, ``questions-16k``, ``mined``.
         dimensions: further sizes at which embeddings are measured.
         taught: whether the model of the row ``base`` is its teacher.
+        documents_of: the task of retrieval whose documents, without its queries, are its texts in
+            place of paragraphs and sentences.
         on_gpu: whether it is trained on a GPU, and left out where there is none.
     """
 
@@ -37,6 +39,7 @@ class Row:
     pairs: str | None = None
     dimensions: tuple[int, ...] = ()
     taught: bool = False
+    documents_of: str | None = None
     on_gpu: bool = False
 
 
@@ -94,6 +97,10 @@ GROUPS: dict[str, list[Row]] = {
             LEXICAL),
         Row("words-taught", "the same, with the recipe's model as the teacher", LEXICAL,
             taught=True),
+        Row("words-own", "batches of 64 as above, of Cranfield's own documents, not its queries",
+            LEXICAL, documents_of="Cranfield"),
+        Row("words-own-taught", "the same, with the recipe's model as the teacher", LEXICAL,
+            taught=True, documents_of="Cranfield"),
     ],
     "Negatives": [
         Row("batch-64", "batches of 64", {"batch_size": 64, "rows_per_pass": 64}),

@@ -140,7 +140,7 @@ def run(row: Row, args: argparse.Namespace, prefixes: dict[bool, Prefixes]) -> d
         changes["teacher"] = args.work / "base"
     options = TrainOptions(
         base=args.base,
-        data=(str(args.paragraphs), str(args.sentences)),
+        data=tuple(map(str, texts_of(row, args))),
         out=args.work / row.name,
         save_every=changes["steps"],
         **changes,
@@ -162,6 +162,13 @@ def run(row: Row, args: argparse.Namespace, prefixes: dict[bool, Prefixes]) -> d
     if row.name != "base" and not args.keep:  # that one mines and teaches
         shutil.rmtree(options.out)
     return result
+
+
+def texts_of(row: Row, args: argparse.Namespace) -> list[Path]:
+    """What it is trained on."""
+    if row.documents_of is None:
+        return [args.paragraphs, args.sentences]
+    return list((args.tasks / row.documents_of).glob("corpus.jsonl*"))
 
 
 def make_pairs(kind: str, args: argparse.Namespace) -> Path:

@@ -20,6 +20,7 @@ from ablations import (
     markdown,
     rows_to_do,
     settings_of,
+    texts_of,
 )
 from development import TASKS
 
@@ -37,6 +38,16 @@ def test_every_row_is_a_run(row: Row, tmp_path: Path) -> None:
         options["teacher"] = tmp_path
     TrainOptions(base=tmp_path, data=("a.txt", "b.txt"), out=tmp_path / row.name, **options)
     assert [each.name for each in ROWS].count(row.name) == 1
+
+
+def test_a_row_is_trained_on_a_tasks_own_documents(tmp_path: Path) -> None:
+    args = Namespace(tasks=tmp_path, paragraphs=tmp_path / "a.txt", sentences=tmp_path / "b.txt")
+    corpus = tmp_path / "Cranfield" / "corpus.jsonl.gz"
+    corpus.parent.mkdir()
+    for name in ("corpus.jsonl.gz", "queries.jsonl.gz", "qrels_test.jsonl.gz"):
+        corpus.with_name(name).touch()
+    assert texts_of(BY_NAME["words-own"], args) == [corpus]
+    assert texts_of(BY_NAME["words"], args) == [args.paragraphs, args.sentences]
 
 
 @pytest.mark.parametrize("cuda", [False, True])
@@ -60,7 +71,7 @@ def test_rows_for_a_gpu_are_left_out_where_there_is_none(
         assert (f"{name}: left out" in told) == (not cuda)
 
 
-@pytest.mark.parametrize("name", ["mined", "words-taught"])
+@pytest.mark.parametrize("name", ["mined", "words-taught", "words-own-taught"])
 def test_a_row_that_mines_or_is_taught_wants_the_model_that_does(name: str, tmp_path: Path) -> None:
     base, row = BY_NAME["base"], BY_NAME[name]
     for todo in ([row], [row, base]):
