@@ -101,6 +101,9 @@ GROUPS: dict[str, list[Row]] = {
             LEXICAL, documents_of="Cranfield"),
         Row("words-own-taught", "the same, with the recipe's model as the teacher", LEXICAL,
             taught=True, documents_of="Cranfield"),
+        Row("words-lora", "batches of 64 as above, a LoRA on every token, rate 5e-4",
+            {**LEXICAL, "mode": "lora", "alpha_schedule": "constant",
+             "contrastive_learning_rate": 5e-4}),
     ],
     "Negatives": [
         Row("batch-64", "batches of 64", {"batch_size": 64, "rows_per_pass": 64}),
