@@ -30,6 +30,8 @@ from gem_vllm.training.sequences import Template, mixed_sequence, pad
 
 TOKENIZE_AT_ONCE = 256
 NEGATIVES_PER_PAIR = 4
+# Of a text, for every token that may be used, so that memory does not grow with its length.
+CHARACTERS = 64
 # Held in memory at once, of all sources together, to find texts that share words; of each, so many
 # characters for every token that may be used.
 LEXICAL_TEXTS = 1 << 16
@@ -172,7 +174,8 @@ class TrainBatches(IterableDataset):
         while True:
             rng = random.Random(f"{self.options.seed}/{index}/{epoch}")
             kept = 0
-            for token_ids in self._tokenized(shuffled(source, rng)):
+            texts = (text[: CHARACTERS * self.max_content] for text in source)
+            for token_ids in self._tokenized(shuffled(texts, rng)):
                 if len(token_ids) >= MIN_SPAN_TOKENS:
                     kept += 1
                     yield token_ids[: self.max_content]
@@ -224,16 +227,17 @@ class TrainBatches(IterableDataset):
             pooled: list[Iterator[str]] = []
             for index, source in enumerate(self.sources):
                 rng = random.Random(f"{options.seed}/{index}/lexical/{epoch}")
-                pooled.append(shuffled(source, rng))
-            while texts := self._pool(pooled):
-                pool = Neighbourhoods(texts, options.stemmer)
-                for _ in range(max(1, len(texts) // options.batch_size)):
+                texts = (text[: LEXICAL_CHARACTERS * self.max_content] for text in source)
+                pooled.append(shuffled(texts, rng))
+            while drawn := self._pool(pooled):
+                pool = Neighbourhoods(drawn, options.stemmer)
+                for _ in range(max(1, len(drawn) // options.batch_size)):
                     yield pool
             epoch += 1
 
     def _pool(self, pooled: list[Iterator[str]]) -> list[str]:
-        share, most = LEXICAL_TEXTS // len(pooled), LEXICAL_CHARACTERS * self.max_content
-        return [text[:most] for texts in pooled for text in itertools.islice(texts, share)]
+        share = LEXICAL_TEXTS // len(pooled)
+        return [text for texts in pooled for text in itertools.islice(texts, share)]
 
     def _lexical(self, pool: Neighbourhoods, rng: random.Random) -> dict[str, torch.Tensor]:
         texts = pool.draw(self.options.batch_size, rng)

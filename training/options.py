@@ -227,10 +227,23 @@ class TrainOptions:
             raise GemError("--teacher teaches in lexical batches; give a --lexical-share")
         if self.teacher is not None and self.shard:
             raise GemError("--teacher is whole in every process; give it without --shard")
-        if self.alpha == 0.0 and self.pairs is not None:
+        contrastive = {
+            "--pairs": self.pairs is not None,
+            "--lexical-share": self.lexical_share > 0.0,
+            "--matryoshka": bool(self.matryoshka),
+        }
+        given = [name for name, is_given in contrastive.items() if is_given]
+        if self.alpha == 0.0 and given:
             raise GemError(
-                "--pairs are for contrastive steps, and with --alpha 0 there are none; give a "
-                "greater --alpha, or no --pairs"
+                f"{' and '.join(given)}: for contrastive steps, and with --alpha 0 there are none; "
+                f"give a greater --alpha, or none of {'these' if given[1:] else 'it'}"
+            )
+        if self.pairs is not None and self.pairs_share == 0.0:
+            raise GemError("--pairs with --pairs-share 0 are never read; give a greater share")
+        if self.pairs is not None and self.pairs_share + self.lexical_share > 1.0:
+            raise GemError(
+                f"--pairs-share {self.pairs_share:g} and --lexical-share {self.lexical_share:g} "
+                "together must be at most 1: a batch is of one of them"
             )
         if self.alpha == 0.0 and self.raw_share == 1.0 and self.mode == "adapter":
             raise GemError(

@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -17,7 +18,13 @@ from transformers import PreTrainedModel, TrainingArguments
 from gem_vllm.checkpoint import add_special_tokens, load_base, save_checkpoint
 from gem_vllm.config import GemConfig
 from gem_vllm.errors import GemError
-from gem_vllm.folders import check_writable, read_json, refuse_inside, write_json
+from gem_vllm.folders import (
+    check_writable,
+    read_json,
+    refuse_inside,
+    writable_parent,
+    write_json,
+)
 from gem_vllm.tokens import load_tokenizer
 from gem_vllm.training import peers
 from gem_vllm.training.adapter_model import add_adapter
@@ -35,6 +42,9 @@ from gem_vllm.weights import EMBEDDING, read_tensor, weights_size
 
 OPTIONS_FILE = "options.json"
 FINISHED_FILE = "finished.json"
+# Of the other processes for the first, which alone reads all of the data and the base, to know them
+# again, and writes the result.
+LONGEST_WAIT = timedelta(days=1)
 
 
 def train(
@@ -207,6 +217,8 @@ def training_arguments(options: TrainOptions, *, bf16: bool) -> TrainingArgument
         use_cpu=not torch.cuda.is_available(),
         bf16=bf16 and options.mode != "adapter",
     )
+    # Not the launcher's: what is computed in which dtype is said above and by the models.
+    arguments.mixed_precision = "bf16" if arguments.bf16 else "no"
     # One device a process: `peers` splits batches, whose rows are each other's negatives.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
@@ -255,7 +267,7 @@ def _check_folders(options: TrainOptions, *, resume: bool, overwrite: bool) -> N
     if options.teacher is not None and not os.path.isdir(options.teacher):
         raise GemError(f"--teacher {options.teacher} is not a folder; name a GEM checkpoint here")
     refuse_inside(options.out, options.base)  # checkpoints there would change its hash
-    used = [path for path in (options.out, run) if path.exists() and not _is_empty(path)]
+    used = [path for path in (options.out, run) if os.path.exists(path) and not _is_empty(path)]
     if used and not resume and not overwrite:
         raise GemError(
             f"{used[0]} is not empty; continue its run with --resume, start anew with --overwrite,"
@@ -263,7 +275,13 @@ def _check_folders(options: TrainOptions, *, resume: bool, overwrite: bool) -> N
         )
     if not (resume and _is_finished(options)):
         check_writable(options.out, weight_bytes=weights_size(options.base))
+        writable_parent(run / OPTIONS_FILE)
     recorded = run / OPTIONS_FILE
+    if resume and options.out in used and not recorded.is_file():
+        raise GemError(
+            f"{options.out} is there, but not the run that it is of ({run}), to be continued; "
+            "start anew with --overwrite, or choose another --out"
+        )
     if overwrite and run.exists() and not recorded.is_file():
         raise GemError(f"{run} is no folder of a training run; remove it, or choose another --out")
     if resume and recorded.is_file():
@@ -292,7 +310,7 @@ def _start_run(options: TrainOptions, *, resume: bool) -> None:
 
 def _is_finished(options: TrainOptions) -> bool:
     """Whether the run has written its result, and it is still there."""
-    return (options.run_folder / FINISHED_FILE).is_file() and options.out.is_dir()
+    return os.path.isfile(options.run_folder / FINISHED_FILE) and options.out.is_dir()
 
 
 def _is_empty(path: Path) -> bool:
@@ -301,9 +319,10 @@ def _is_empty(path: Path) -> bool:
 
 def join_processes() -> PartialState:
     """Meet the other processes, where a launcher (torchrun, accelerate) has started several."""
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        raise GemError("training shards by itself: launch it without FSDP, and give --shard")
-    return PartialState(cpu=not torch.cuda.is_available())
+    for name in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{name}") == "true":
+            raise GemError(f"training shards by itself: launch it without {name}, and give --shard")
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=LONGEST_WAIT)
 
 
 def _is_disk_full(error: BaseException, folder: Path) -> bool:

@@ -78,6 +78,7 @@ def test_trains(run: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
         ({"span_tokens": "7"}, "--span-tokens must be at least 8"),
         ({"mode": "lora", "alpha_steps": "4"}, "--alpha-steps 4 are all of --steps 2"),
         ({"out": "/"}, "--out / cannot be replaced; name a folder inside it"),
+        ({"out": "o" * 300}, "is too long; choose a shorter one"),
         ({"base": "b" * 300}, "is not a folder; name a model folder here"),
         ({"data": f"{'d' * 300}.txt"}, "does not exist; give a .txt"),
         ({"pairs": f"{'p' * 300}.jsonl"}, "give a .jsonl or .jsonl.gz file"),
@@ -93,6 +94,19 @@ def test_trains(run: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
         ({"weight_decay": "-0.1"}, "--weight-decay must be at least 0, and finite"),
         ({"alpha": "0", "raw_share": "1"}, "--alpha 0 with --raw-share 1 trains nothing"),
         ({"alpha": "0", "pairs": "pairs.jsonl"}, "with --alpha 0 there are none"),
+        (
+            {"alpha": "0", "lexical_share": "1", "batch_size": "8"},
+            "--lexical-share: for contrastive",
+        ),
+        ({"alpha": "0", "matryoshka": "8"}, "--matryoshka: for contrastive steps"),
+        (
+            {"pairs": "pairs.jsonl", "pairs_share": "0"},
+            "--pairs with --pairs-share 0 are never read",
+        ),
+        (
+            {"pairs": "p.jsonl", "pairs_share": "0.5", "lexical_share": "0.6", "batch_size": "8"},
+            "--pairs-share 0.5 and --lexical-share 0.6 together must be at most 1",
+        ),
     ],
 )
 def test_bad_input_is_refused_in_a_line(

@@ -19,7 +19,7 @@ from gem_vllm.errors import GemError
 from gem_vllm.reference import ReferenceEmbedder
 from gem_vllm.training.losses import MAX_LOG_TEMPERATURE
 from gem_vllm.training.options import TrainOptions
-from gem_vllm.training.run import train
+from gem_vllm.training.run import join_processes, train, training_arguments
 from gem_vllm.training.trainer import WHOLE, whole_checkpoints
 from gem_vllm.weights import EMBEDDING
 from tests.training.conftest import failing_at, losses, train_until
@@ -242,6 +242,11 @@ def test_an_earlier_result_is_not_lost_by_mistake(
         train(shorter, resume=True, progress=False)
     train(shorter, overwrite=True, progress=False)
     assert len(losses(shorter)["loss_cl"]) == 3
+    shutil.rmtree(shorter.run_folder)
+    written = options.out.stat().st_mtime_ns
+    with pytest.raises(GemError, match="is there, but not the run that it is of"):
+        train(shorter, resume=True, progress=False)
+    assert options.out.stat().st_mtime_ns == written
 
 
 def test_what_is_no_result_of_ours_is_never_overwritten(options: TrainOptions) -> None:
@@ -250,6 +255,23 @@ def test_what_is_no_result_of_ours_is_never_overwritten(options: TrainOptions) -
     with pytest.raises(GemError, match="holds something else"):
         train(options, overwrite=True, progress=False)
     assert (options.out / "thesis.tex").exists()
+
+
+@pytest.mark.parametrize("by", ["FSDP", "DEEPSPEED"])
+def test_another_way_to_shard_is_refused(by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{by}", "true")
+    with pytest.raises(GemError, match=f"launch it without {by}, and give --shard"):
+        join_processes()
+
+
+@pytest.mark.parametrize(("mode", "bf16", "found"), [("full", True, "bf16"), ("full", False, "no"),
+                                                     ("adapter", True, "no")])  # fmt: skip
+def test_a_launchers_precision_does_not_count(
+    mode: Any, bf16: bool, found: str, options: TrainOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    arguments = training_arguments(dataclasses.replace(options, mode=mode), bf16=bf16)
+    assert arguments.mixed_precision == found
 
 
 def test_a_run_is_not_kept_in_its_base(options: TrainOptions) -> None:
