@@ -16,6 +16,7 @@ from gem_vllm.errors import GemConfigError, GemError
 
 _HASH_BYTES = 1 << 22
 _SPARE_BYTES = 32 << 20  # for the tokenizer and the configs
+_NAME_BYTES = 200  # of 255 that file systems take: what is written beside it is named after it
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -80,6 +81,8 @@ def folder_name(path: str | Path) -> str:
 
 def writable_parent(path: Path) -> Path:
     """The nearest folder above ``path`` that is there; GemError where it cannot be written in."""
+    if too_long := [part for part in path.parts if len(os.fsencode(part)) > _NAME_BYTES]:
+        raise GemError(f"the name {too_long[0][:40]}... is too long; choose a shorter one")
     existing = next(parent for parent in path.absolute().parents if os.path.exists(parent))
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise GemError(f"nothing can be written in {existing}; choose another folder")
@@ -140,6 +143,14 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def refuse_existing(folder: Path, *, overwrite: bool) -> None:
+    """GemError where ``folder`` holds something, unless that is to be replaced."""
+    if not overwrite and os.path.isdir(folder) and os.listdir(folder):
+        raise GemError(
+            f"{folder} is not empty; replace it with --overwrite, or choose another --out"
+        )
 
 
 def refuse_inside(out: Path, *sources: Path) -> None:

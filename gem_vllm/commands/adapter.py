@@ -7,6 +7,10 @@ from typing import Annotated
 
 import typer
 
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the checkpoint or adapter that is there.")
+]
+
 app = typer.Typer(
     help="Take the adapter out of a GEM checkpoint, or put one together with its base model.",
     no_args_is_help=True,
@@ -19,6 +23,7 @@ def extract(
         Path, typer.Argument(help="A GEM checkpoint that was trained with --mode adapter.")
     ],
     out: Annotated[Path, typer.Option(help="Folder to write the adapter to.")],
+    overwrite: Overwrite = False,
 ) -> None:
     """Write the adapter alone: what was trained, without the base model's weights.
 
@@ -26,7 +31,9 @@ def extract(
     base model gets the checkpoint back with `gem-vllm adapter apply`.
     """
     from gem_vllm.adapter import extract_adapter
+    from gem_vllm.folders import refuse_existing
 
+    refuse_existing(out, overwrite=overwrite)
     extract_adapter(checkpoint, out)
     typer.echo(out)
 
@@ -36,6 +43,7 @@ def apply(
     base: Annotated[Path, typer.Option(help="The base model, a Hugging Face folder.")],
     adapter: Annotated[Path, typer.Option(help="A folder written by `gem-vllm adapter extract`.")],
     out: Annotated[Path, typer.Option(help="Folder to write the GEM checkpoint to.")],
+    overwrite: Overwrite = False,
 ) -> None:
     """Put a base model and an adapter together: the result is ready for `vllm serve`.
 
@@ -43,6 +51,8 @@ def apply(
     folder is only read.
     """
     from gem_vllm.adapter import apply_adapter
+    from gem_vllm.folders import refuse_existing
 
+    refuse_existing(out, overwrite=overwrite)
     apply_adapter(base, adapter, out)
     typer.echo(out)

@@ -19,6 +19,9 @@ def export(
     checkpoint: Annotated[Path, typer.Argument(help="A GEM checkpoint.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     to: Annotated[Form, typer.Option(help="Whose form.")] = Form.sentence_transformers,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the checkpoint that is there.")
+    ] = False,
 ) -> None:
     """Write a checkpoint for sentence-transformers, and so for what builds on it.
 
@@ -32,10 +35,11 @@ def export(
             "gem-vllm export needs sentence-transformers; install it with: "
             "pip install 'gem-vllm[eval]'"
         ) from error
-    from gem_vllm.folders import refuse_inside
+    from gem_vllm.folders import refuse_existing, refuse_inside
     from gem_vllm.sentence_transformer import export as export_checkpoint
 
     if out.resolve() != checkpoint.resolve():
         refuse_inside(out, checkpoint)
+        refuse_existing(out, overwrite=overwrite)
     export_checkpoint(checkpoint, out)
     typer.echo(out)

@@ -54,7 +54,10 @@ class ServerEmbedder:
 
     def __init__(self, url: str, model: str, api_key: str | None = None) -> None:
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._client = httpx.Client(base_url=url, timeout=REQUEST_SECONDS, headers=headers)
+        try:
+            self._client = httpx.Client(base_url=url, timeout=REQUEST_SECONDS, headers=headers)
+        except httpx.InvalidURL as error:
+            raise GemError(f"--url {url} is no address: {error}") from error
         self._url, self._model = url, model
 
     def embed(self, texts: list[str]) -> np.ndarray:

@@ -126,6 +126,8 @@ def _mmlu_rows(folder: Path, split: str) -> list[dict[str, Any]]:
             raise GemError(f"{where}: expected an object with {', '.join(MMLU_FIELDS)}")
         if not isinstance(row["choices"], list) or len(row["choices"]) != len(_CHOICES):
             raise GemError(f"{where}: choices must be a list of {len(_CHOICES)} texts")
+        if not all(isinstance(text, str) for text in [row["question"], *row["choices"]]):
+            raise GemError(f"{where}: question and choices must be texts")
         if row["answer"] not in range(len(_CHOICES)):
             raise GemError(f"{where}: answer must be a choice's number, from 0 to 3")
         rows.append({field: row[field] for field in MMLU_FIELDS})

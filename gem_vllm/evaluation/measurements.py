@@ -15,6 +15,8 @@ import torch
 from mteb.abstasks import AbsTask
 from mteb.abstasks.aggregated_task import AbsTaskAggregate
 from mteb.cache import ResultCache
+from mteb.models.model_meta import ModelMeta
+from mteb.results import TaskResult
 
 from gem_vllm.errors import GemError
 from gem_vllm.evaluation.encoder import Embedder, EngineEmbedder, GemEncoder, model_meta
@@ -101,7 +103,7 @@ class Measurements:
         meta = model_meta(name, revision, prompts)
         encoder: GemEncoder | None = None
         for task in self._tasks:
-            result = cache.load_task_result(task.metadata.name, meta)
+            result = _kept_result(cache, task, meta)
             known = result is not None and result.dataset_revision == task.metadata.revision
             if not known or result.get_missing_evaluations(task):
                 if encoder is None:
@@ -175,3 +177,12 @@ class Measurements:
                 "network"
             ) from error
         self._fetched = True
+
+
+def _kept_result(cache: ResultCache, task: AbsTask, meta: ModelMeta) -> TaskResult | None:
+    """What there is of a task; a file that a run has left half written is removed."""
+    try:
+        return cache.load_task_result(task.metadata.name, meta)
+    except ValueError:  # of JSON, and of pydantic
+        cache.get_task_result_path(task.metadata.name, meta).unlink()
+        return None

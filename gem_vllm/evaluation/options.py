@@ -10,7 +10,13 @@ from typing import Any
 
 from gem_vllm.config import GemConfig
 from gem_vllm.errors import GemError
-from gem_vllm.folders import content_sha256, folder_name, read_json, refuse_inside
+from gem_vllm.folders import (
+    content_sha256,
+    folder_name,
+    read_json,
+    refuse_inside,
+    writable_parent,
+)
 from gem_vllm.machine import check_engine_options, engine_defaults
 
 PROMPT_TYPES = ("query", "document")
@@ -74,6 +80,7 @@ class EvaluateOptions:
         if self.limit is not None and self.limit < 1:
             raise GemError("--limit must be at least 1")
         refuse_inside(self.out, *self._read_folders())
+        writable_parent(self.out / "any")
         check_engine_options(self.engine)
 
     def engine_options(self) -> dict[str, Any]:

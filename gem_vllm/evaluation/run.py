@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from gem_vllm.evaluation.language_tasks import mmlu_tasks, perplexity_tasks
 from gem_vllm.evaluation.local_tasks import find_tasks, local_task
 from gem_vllm.evaluation.measurements import Measurements, Report
 from gem_vllm.evaluation.options import MAY_COME_LATER, PROMPT_TYPES, EvaluateOptions
-from gem_vllm.evaluation.report import write_report
+from gem_vllm.evaluation.report import Column, write_report
 from gem_vllm.folders import write_json
 
 BOUND_FILE = "options.json"
@@ -38,7 +39,8 @@ def evaluate(options: EvaluateOptions, report: Report = lambda line: None) -> Pa
         report: called with a line whenever something begins.
 
     Raises:
-        GemError: the evaluation cannot be begun, or the folder holds one of something else.
+        GemError: the evaluation cannot be begun, the folder holds one of something else, or the
+            disk is full.
     """
     options.check()
     tasks = _embedding_tasks(options)
@@ -47,8 +49,24 @@ def evaluate(options: EvaluateOptions, report: Report = lambda line: None) -> Pa
     server: Embedder | None = None
     if options.url is not None:
         server = ServerEmbedder(options.url, options.model, options.api_key)
-    bound = _bind(options, server)
     measure = Measurements(options, tasks, language, report)
+    try:
+        bound = _bind(options, server)
+        write_report(options, tasks, _columns(options, measure, bound, server))
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise GemError(
+                f"the disk of {options.out} is full; what is done is kept: make room, and run the "
+                "same command again"
+            ) from error
+        raise
+    return options.out
+
+
+def _columns(
+    options: EvaluateOptions, measure: Measurements, bound: dict[str, Any], server: Embedder | None
+) -> list[Column]:
+    """Of the base, where it is to be measured, and of the checkpoint or the server."""
     columns = []
     if options.base is not None:
         columns.append(measure.base(options.base, bound["base"][:REVISION_CHARACTERS]))
@@ -56,8 +74,7 @@ def evaluate(options: EvaluateOptions, report: Report = lambda line: None) -> Pa
         columns.append(measure.checkpoint(bound["model"][:REVISION_CHARACTERS]))
     else:
         columns.append(measure.server(server))
-    write_report(options, tasks, columns)
-    return options.out
+    return columns
 
 
 def _embedding_tasks(options: EvaluateOptions) -> list[AbsTask]:

@@ -164,8 +164,16 @@ def test_command_line(tiny_base, tiny_checkpoint, tmp_path, monkeypatch, capsys)
     arguments = ("apply", "--adapter", tmp_path / "adapter", "--out", tmp_path / "gem", "--base")
     code, output = run(*arguments, tiny_base())
     assert (code, output.out.strip()) == (0, str(tmp_path / "gem"))
+    code, output = run(*arguments, tiny_base())
+    assert code == 2
+    assert "is not empty; replace it with --overwrite" in output.err
+    code, _ = run("extract", tiny_checkpoint(), "--out", tmp_path / "gem")
+    assert code == 2
+    assert (tmp_path / "gem" / "model.safetensors").is_file()
+    code, _ = run("extract", tiny_checkpoint(), "--overwrite", "--out", tmp_path / "adapter")
+    assert code == 0
 
-    code, output = run(*arguments, tiny_base("mistral"))
+    code, output = run(*arguments, tiny_base("mistral"), "--overwrite")
     assert code == 2
     assert output.err.startswith("error: the adapter is for tiny-llama with architecture")
     assert output.err.count("\n") == 1

@@ -163,6 +163,8 @@ def test_a_long_text_is_embedded_from_its_start(lm: EngineLM) -> None:
         (4, {}, "dev has 4 rows of bread; 5 are shown"),
         (5, {"answer": 4}, "line 1: answer must be a choice's number, from 0 to 3"),
         (5, {"choices": ["yes", "no"]}, "line 1: choices must be a list of 4"),
+        (5, {"choices": ["1", 2, "3", "4"]}, "line 1: question and choices must be texts"),
+        (5, {"question": None}, "line 1: question and choices must be texts"),
     ],
 )
 def test_rows_that_are_not_mmlus_are_refused(

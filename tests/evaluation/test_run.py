@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from collections.abc import Callable
@@ -119,6 +120,25 @@ def test_what_is_not_asked_for_again_is_no_difference(
     evaluate(options)  # leaves the folder's tables as the other tests expect them
 
 
+def test_a_result_that_is_half_written_is_measured_again(served: EvaluateOptions) -> None:
+    (result,) = (evaluate(served) / "mteb" / "results").rglob("Sts.json")
+    whole = json.loads(result.read_text())["scores"]
+    result.write_text(result.read_text()[:100])
+    evaluate(served)
+    assert json.loads(result.read_text())["scores"] == whole
+
+
+def test_a_full_disk_is_told_in_a_line(
+    served: EvaluateOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(mteb, "evaluate", fail)
+    with pytest.raises(GemError, match=r"the disk of .* is full; what is done is kept"):
+        evaluate(served)
+
+
 def test_a_limit_marks_everything(served: EvaluateOptions) -> None:
     quick = replace(served, limit=3)
     evaluate(quick)
@@ -137,6 +157,8 @@ def test_a_limit_marks_everything(served: EvaluateOptions) -> None:
         ({"url": "http://localhost:1"}, "without --url"),
         ({"engine": {"model": "another"}}, "--engine cannot set model"),
         ({"prompts": {"Nothing": "x"}}, "--prompts names Nothing"),
+        ({"out": Path("o" * 300)}, "is too long; choose a shorter one"),
+        ({"url": "http://localhost:80o0", "mmlu": None, "perplexity": None}, "is no address"),
     ],
 )
 def test_bad_options_are_refused_before_anything_is_written(
