@@ -107,6 +107,7 @@ def list_files(spec: str) -> list[InputFile]:
     """
     try:
         fs, path = fsspec.core.url_to_fs(spec)
+        fs.invalidate_cache()  # what is there now
         if fs.isdir(path):
             found = _data_files(fs, path)
         elif _is_glob(path) and not fs.isfile(path):

@@ -109,6 +109,7 @@ def run_embed_job(
                 }
             )
         output.remove_scraps()
+        _check_unchanged(plan, options)
         summary = _summary(output, plan, options)
         summary["this_run"] = {**now, "seconds": round(time.monotonic() - start, 3)}
         output.write_json(SUMMARY, summary)
@@ -160,6 +161,16 @@ def _write(
 def _last_line(error: BaseException) -> str:
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
+
+
+def _check_unchanged(plan: Plan, options: EmbedOptions) -> None:
+    """JobError where an input file is another than when the job was planned."""
+    there = set(list_files(options.input))
+    if changed := [file.url for file in plan.files if file not in there]:
+        raise JobError(
+            f"{changed[0]} has changed while the job ran ({len(changed)} of {len(plan.files)} "
+            "files have): what was read of it may be of either; choose another --output"
+        )
 
 
 def _summary(output: OutputFolder, plan: Plan, options: EmbedOptions) -> dict[str, Any]:

@@ -27,7 +27,12 @@ RESTARTS, CALL_RETRIES = 3, -1
 
 @contextmanager
 def ray_cluster(replicas: ReplicaOptions) -> Iterator[None]:
-    """Ray, of this job's own unless an address is given or this process is connected already."""
+    """Ray, of this job's own unless an address is given or this process is connected already.
+
+    Raises:
+        GemError: the address does not answer, or this machine, alone, has no room for the replicas
+            that are to be kept.
+    """
     if ray.is_initialized():
         yield
         return
@@ -39,9 +44,24 @@ def ray_cluster(replicas: ReplicaOptions) -> Iterator[None]:
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise GemError(f"--ray-address {address}: {error}") from error
     try:
+        if address == "local":
+            check_room(replicas)
         yield
     finally:
         ray.shutdown()
+
+
+def check_room(replicas: ReplicaOptions) -> None:
+    """GemError where this machine is too small: Ray would wait for another one for ever."""
+    (cpus, gpus), _, _ = engine_needs(replicas)
+    resources = ray.cluster_resources()
+    for name, each in (("CPU", cpus), ("GPU", gpus)):
+        there, needed = resources.get(name, 0), replicas.min_replicas * each
+        if needed > there:
+            raise GemError(
+                f"--min-replicas {replicas.min_replicas} takes {needed:g} {name}s, {each:g} for "
+                f"each; this machine has {there:g}"
+            )
 
 
 @contextmanager
@@ -73,6 +93,9 @@ def map_in_pool(
         arguments: of the class, besides "engine": the options of vLLM's engine.
     """
     rows.context.enable_progress_bars = False
+    # A call is done when its rows are written, which may take an hour where texts and answers are
+    # long: Ray's own bound on a time without an output, half an hour, would end the job.
+    rows.context.execution_no_progress_timeout_s = -1
     # One more actor as soon as all have as many calls as they are given: Ray's own threshold is
     # meant for calls that queue at an actor, which would bind shards to it that others could do.
     rows.context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0

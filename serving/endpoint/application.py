@@ -72,7 +72,7 @@ def build(options: EndpointOptions) -> Application:
     router = serve.deployment(
         Router, max_ongoing_requests=ROUTED_AT_ONCE, ray_actor_options={"num_cpus": 0}
     )
-    return replicas._with_ingress_request_router(router.bind(replicas))
+    return replicas._with_ingress_request_router(router.bind(replicas, options.max_body_bytes))
 
 
 def _llm_config(options: EndpointOptions) -> Any:

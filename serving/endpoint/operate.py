@@ -13,18 +13,17 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-import ray
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve._private.constants import RAY_SERVE_ENABLE_HA_PROXY
 from ray.serve.context import _get_global_client
-from ray.serve.exceptions import RayServeException
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 
 from gem_vllm.errors import GemError
 from gem_vllm.serving.endpoint.application import build
 from gem_vllm.serving.endpoint.options import APP_NAME, EndpointOptions
 from gem_vllm.serving.errors import JobError, told_by_validation
-from gem_vllm.serving.pool import engine_needs, ray_cluster
+from gem_vllm.serving.pool import ray_cluster
 
 WATCH_SECONDS = 5.0
 DRAIN_POLL_SECONDS = 0.5
@@ -55,9 +54,7 @@ def run_endpoint(
         _check_port(host, port)
     stop = _Stop()
     with stop.on_signals(), _quiet_logs(), ray_cluster(options.replicas(ray_address)):
-        if ray_address is None:
-            _check_room(options)
-        else:
+        if ray_address is not None:
             _check_serve(host, port)
         if options.max_replicas > 1 and not RAY_SERVE_ENABLE_HA_PROXY:
             report(
@@ -84,19 +81,6 @@ def _check_port(host: str, port: int) -> None:
             pass
     except (OSError, OverflowError) as error:
         raise GemError(f"--host {host} --port {port} cannot be used: {error}") from error
-
-
-def _check_room(options: EndpointOptions) -> None:
-    """GemError where this machine is too small: Ray would wait for another one for ever."""
-    (cpus, gpus), _, _ = engine_needs(options.replicas())
-    resources = ray.cluster_resources()
-    for name, each in (("CPU", cpus), ("GPU", gpus)):
-        there, needed = resources.get(name, 0), options.min_replicas * each
-        if needed > there:
-            raise GemError(
-                f"--min-replicas {options.min_replicas} takes {needed:g} {name}s, {each:g} for "
-                f"each; this machine has {there:g}"
-            )
 
 
 def _check_serve(host: str, port: int) -> None:
@@ -198,10 +182,16 @@ async def _drain(timeout_s: float, report: Report) -> None:
     """Close the door of every replica, then wait until they have answered what they took."""
     replicas = serve.get_app_handle(APP_NAME)
 
-    async def of_all(method: str) -> list[Any]:
-        results = await replicas.broadcast(method).results_async(
-            timeout_s=CALL_SECONDS, return_exceptions=True
-        )
+    async def of_all(method: str) -> list[Any] | None:
+        """What each replica says; None where one of them says nothing in time."""
+        try:
+            results = await replicas.broadcast(method).results_async(
+                timeout_s=CALL_SECONDS, return_exceptions=True
+            )
+        except DeploymentUnavailableError:
+            return []
+        except TimeoutError:
+            return None
         # One that has died has no open requests any more.
         return [result for result in results if not isinstance(result, BaseException)]
 
@@ -211,6 +201,8 @@ async def _drain(timeout_s: float, report: Report) -> None:
     while idle < 2 and time.monotonic() < deadline:
         await of_all("drain")  # Each time: a replica that was just starting comes late.
         await asyncio.sleep(DRAIN_POLL_SECONDS)
-        idle = idle + 1 if sum(await of_all("open_requests")) == 0 else 0
+        still_open = await of_all("open_requests")
+        # While one is silent, what the others have taken is waited for to the end.
+        idle = idle + 1 if still_open is not None and sum(still_open) == 0 else 0
     if idle < 2:
         report(f"not all requests were answered within {timeout_s:g} s; they are dropped")

@@ -24,19 +24,26 @@ class Router:
 
     Args:
         replicas: the deployment of `server.GemServer`, with its `PrefixRouting`.
+        max_body_bytes: of a request that is read; its port is open to whoever reaches the node.
     """
 
-    def __init__(self, replicas: DeploymentHandle[Any]) -> None:
-        self._replicas = replicas
+    def __init__(self, replicas: DeploymentHandle[Any], max_body_bytes: int) -> None:
+        self._replicas, self._max_body_bytes = replicas, max_body_bytes
         self._replicas._init()
 
     @api.post("/internal/route")
     async def route(self, request: Request) -> dict[str, Any]:
         """The replica for a request, whose body this is, or the beginning of a longer one.
 
-        Of a body that is cut off no text can be read: it goes by load alone.
+        Of a body that is cut off no text can be read: it goes by load alone, and so does one that
+        no replica would take.
         """
-        parsed = parse_body(await request.body())
+        body = bytearray()
+        async for part in request.stream():
+            body += part
+            if len(body) > self._max_body_bytes:
+                break
+        parsed = parse_body(bytes(body))
         text = None if parsed is None else routing_text(parsed)
         try:
             async with self._replicas.choose_replica(text, _reserve=False) as selection:

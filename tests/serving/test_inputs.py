@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
+from fsspec.spec import AbstractBufferedFile
 
 from gem_vllm.errors import GemError
 from gem_vllm.serving.columnar import CHUNK_ROWS, Chunk, RowRange
+from gem_vllm.serving.errors import JobError
 from gem_vllm.serving.inputs import BROKEN_FILE, column_types, count_rows, list_files, read_rows
+from gem_vllm.serving.job import _check_unchanged
 from gem_vllm.serving.lines import SAMPLED_ROWS
+from gem_vllm.serving.plan import Plan
 
 
 def read_all(path: Path, names: list[str], start: int = 0, stop: int | None = None) -> list[Chunk]:
@@ -276,3 +281,36 @@ def test_a_file_that_is_no_parquet_is_refused(tmp_path: Path) -> None:
     path.write_text("no")
     with pytest.raises(GemError, match="cannot be read"):
         column_types(list_files(str(path)), ["text"])
+
+
+def test_a_line_of_an_object_store_is_not_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fsspec's own files give a line by reading a block, of megabytes, and going back."""
+    data = b"".join(b'{"text": "%d"}\n' % i for i in range(5000))
+    read: list[int] = []
+
+    class File(AbstractBufferedFile):
+        def _fetch_range(self, start: int, end: int) -> bytes:
+            return data[start:end]
+
+        def read(self, length: int = -1) -> bytes:
+            read.append(length)
+            return super().read(length)
+
+    store = fsspec.filesystem("memory")
+    store.pipe("/lines/a.jsonl", data)
+    monkeypatch.setattr(type(store), "_open", lambda fs, path, **_: File(fs, path, size=len(data)))
+    (file,) = list_files("memory://lines/a.jsonl")
+    assert count_rows(file).rows == 5000
+    assert len(read) < 10
+
+
+def test_a_file_that_changes_while_a_job_runs_is_noticed(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("one\ntwo\n")
+    plan = Plan({}, list_files(str(tmp_path)), [])
+    options = Namespace(input=str(tmp_path))
+    (tmp_path / "c.txt").write_text("was not there\n")
+    _check_unchanged(plan, options)
+    (tmp_path / "b.txt").write_text("one\nand another\n")
+    with pytest.raises(JobError, match=r"b\.txt has changed while the job ran \(1 of 2 files"):
+        _check_unchanged(plan, options)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import ray
 
+from gem_vllm.errors import GemError
 from gem_vllm.serving import pool
 from gem_vllm.serving.options import ReplicaOptions
 
@@ -19,9 +21,37 @@ def test_without_an_address_ray_is_the_jobs_own(
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", lambda **arguments: calls.append(arguments))
     monkeypatch.setattr(ray, "shutdown", lambda: None)
+    checked: list[ReplicaOptions] = []
+    monkeypatch.setattr(pool, "check_room", checked.append)
     with pool.ray_cluster(ReplicaOptions(ray_address=given)):
         pass
     assert [call["address"] for call in calls] == [asked]
+    assert len(checked) == (asked == "local")  # to a cluster nodes may come
+
+
+@pytest.mark.parametrize(
+    ("needs", "message"),
+    [
+        ((1.0, 0), "--min-replicas 3 takes 3 CPUs, 1 for each; this machine has 2"),
+        ((0.5, 2), "--min-replicas 3 takes 6 GPUs, 2 for each; this machine has 0"),
+    ],
+)
+def test_replicas_that_this_machine_cannot_hold_are_refused(
+    needs: tuple[float, float], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr(pool, "engine_needs", lambda _: (needs, {}, {}))
+    with pytest.raises(GemError, match=message):
+        pool.check_room(ReplicaOptions(min_replicas=3, max_replicas=3))
+
+
+def test_a_call_may_take_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray Data ends what has given nothing for half an hour, unless it is told not to."""
+    monkeypatch.setattr(pool, "engine_needs", lambda _: ((1, 0), {}, {}))
+    rows = MagicMock()
+    pool.map_in_pool(rows, object, ReplicaOptions(), most_actors=None, batch_size=1, arguments={})
+    assert rows.context.execution_no_progress_timeout_s == -1
+    assert hasattr(ray.data.DataContext, "execution_no_progress_timeout_s")
 
 
 @pytest.mark.parametrize(

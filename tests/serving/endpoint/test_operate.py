@@ -10,10 +10,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import ray
 from ray import serve
 from ray.exceptions import ActorDiedError, RayError
-from ray.serve.exceptions import RayServeException
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 
 from gem_vllm.errors import GemError
 from gem_vllm.serving.endpoint import operate
@@ -21,6 +21,7 @@ from gem_vllm.serving.endpoint.options import APP_NAME, EndpointOptions
 from gem_vllm.serving.errors import JobError
 
 HOST, PORT = "127.0.0.1", 8000
+GONE = DeploymentID("GemServer")
 
 
 @pytest.fixture
@@ -62,7 +63,6 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     monkeypatch.setattr(operate, "ray_cluster", no_ray)
     monkeypatch.setattr(operate, "_get_global_client", lambda **_: client)
     monkeypatch.setattr(operate, "build", lambda _: None)
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
     monkeypatch.setattr(serve, "start", cluster.start)
     monkeypatch.setattr(serve, "run", lambda *_, **__: None)
     monkeypatch.setattr(serve, "status", cluster.status)
@@ -121,26 +121,6 @@ def test_a_start_that_loses_serve_is_told_by_the_error_alone(
         operate._start(EndpointOptions(model), HOST, PORT)
 
 
-@pytest.mark.parametrize(
-    ("needs", "message"),
-    [
-        ((1.0, 0), "--min-replicas 3 takes 3 CPUs, 1 for each; this machine has 2"),
-        ((0.5, 2), "--min-replicas 3 takes 6 GPUs, 2 for each; this machine has 0"),
-    ],
-)
-def test_replicas_that_this_machine_cannot_hold_are_refused(
-    needs: tuple[float, float],
-    message: str,
-    model: Path,
-    cluster: Cluster,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(operate, "engine_needs", lambda _: (needs, {}, {}))
-    monkeypatch.setattr(operate, "_check_port", lambda *_: None)
-    with pytest.raises(GemError, match=message):
-        run(EndpointOptions(model, min_replicas=3, max_replicas=3), None)
-
-
 def test_a_replica_that_dies_does_not_end_the_drain(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = {"drain": [None, ActorDiedError()], "open_requests": [0, ActorDiedError()]}
 
@@ -181,3 +161,36 @@ def test_a_replica_that_starts_while_others_drain_is_drained_too(
     monkeypatch.setattr(serve, "get_app_handle", lambda _: SimpleNamespace(broadcast=Broadcast))
     asyncio.run(operate._drain(10.0, reports.append))
     assert reports == []
+
+
+@pytest.mark.parametrize(
+    ("said", "polls", "report"),
+    [
+        ([TimeoutError(), [0], [0]], 3, []),
+        ([DeploymentUnavailableError(GONE)] * 2, 2, []),
+        ([TimeoutError()] * 3, 3, ["not all requests were answered within 10 s; they are dropped"]),
+    ],
+    ids=["one is silent for a while", "all are gone", "one is silent to the end"],
+)
+def test_a_replica_that_does_not_answer_does_not_end_the_drain(
+    said: list[Any], polls: int, report: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = [*said]
+
+    class Broadcast:
+        def __init__(self, method: str) -> None:
+            self._method = method
+
+        async def results_async(self, **_: Any) -> list[Any]:
+            answer = left[0] if self._method == "drain" else left.pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+    reports: list[str] = []
+    monkeypatch.setattr(operate, "DRAIN_POLL_SECONDS", 0.0)
+    monkeypatch.setattr(operate.time, "monotonic", lambda: 0.0 if left else 11.0)
+    monkeypatch.setattr(serve, "get_app_handle", lambda _: SimpleNamespace(broadcast=Broadcast))
+    asyncio.run(operate._drain(10.0, reports.append))
+    assert len(said) - len(left) == polls
+    assert reports == report
