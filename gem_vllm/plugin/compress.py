@@ -133,7 +133,7 @@ def _ending_with(message: Mapping[str, Any], run: str) -> dict[str, Any]:
     kept = {key: message[key] for key in message if key != OPTION}
     if isinstance(content, str) and content:
         return {**kept, "content": content + run}
-    parts = list(content) if isinstance(content, list) else []
+    parts = [] if content is None or isinstance(content, str) else list(content)
     for i in reversed(range(len(parts))):
         if isinstance(parts[i], Mapping) and parts[i].get("text"):
             parts[i] = {**parts[i], "text": parts[i]["text"] + run}

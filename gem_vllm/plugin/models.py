@@ -6,6 +6,7 @@ the other families.
 
 from __future__ import annotations
 
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group
+from vllm.v1.sample.logits_processor import LOGITSPROCS_GROUP
 
 from gem_vllm.adapter import ADAPTER_FOLDER
 from gem_vllm.config import SUPPORTED_ARCHITECTURES, GemConfig, base_architecture
@@ -45,6 +47,10 @@ class GemCausalLM(_Base):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.gem_config = GemConfig.from_hf_config(vllm_config.model_config.hf_config)
         self._vllm_config = vllm_config
+        model_config = vllm_config.model_config
+        # Logits processors of users are given all rows, also those that are sampled for nobody.
+        by_users = model_config.logits_processors or entry_points(group=LOGITSPROCS_GROUP)
+        self._width_of_none = model_config.get_vocab_size() if by_users else 1
 
     def process_weights_after_loading(self) -> None:
         """vLLM's hook after loading: attach the adapter, where there is one; wrap the last MLP."""
@@ -68,7 +74,7 @@ class GemCausalLM(_Base):
 
         Returns:
             [rows, vocab]; zero in rows that `logits_rows` leaves out; [rows, 1] where it leaves
-            out all of them, a step of embedding requests only.
+            out all of them, a step of embedding requests only, and nobody looks for a token's.
         """
         rows, self.logits_rows = self.logits_rows, None
         if rows is None:
@@ -79,7 +85,7 @@ class GemCausalLM(_Base):
             # makes float32, which is dense; these it takes as they are.
             return logits.contiguous()
         if len(rows) == 0:
-            return hidden_states.new_zeros(len(hidden_states), 1)
+            return hidden_states.new_zeros(len(hidden_states), self._width_of_none)
         logits = self._generating_logits(hidden_states[rows])
         if logits is None:
             return None

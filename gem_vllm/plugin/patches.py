@@ -108,8 +108,13 @@ def _patch_graphs_beside_pooling() -> None:
 
     @functools.wraps(original)
     def __post_init__(self: Any) -> None:
+        model_config = self.model_config
+        is_gem = model_config is not None and gem_config_of(model_config) is not None
+        if is_gem and model_config.config_updated:
+            # A copy, as a draft's config is made: the pooler is ours, and the graphs are shared.
+            model_config.pooler_config = None
         original(self)
-        if self.model_config is not None and gem_config_of(self.model_config) is not None:
+        if is_gem:
             GemModelConfig.set_pooler(self)
 
     VllmConfig.__post_init__ = __post_init__
@@ -239,7 +244,7 @@ def _patch_embedding_with_answer() -> None:
     from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
     from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
-    from gem_vllm.plugin.prompt_embedding import answer_with_embeddings
+    from gem_vllm.plugin.prompt_embedding import answer_with_embeddings, copy_to_render
     from gem_vllm.plugin.request_options import asked_for
 
     def wrapped(original: Callable[..., Any], render: str, *allowed: str) -> Callable[..., Any]:
@@ -250,7 +255,7 @@ def _patch_embedding_with_answer() -> None:
             asked = asked_for(request.model_extra or {}, self.model_config, *allowed)
             if "embed" not in asked:
                 return await original(self, request, raw_request)
-            rendered = await getattr(self, render)(request.model_copy())
+            rendered = await getattr(self, render)(copy_to_render(request))
             if isinstance(rendered, ErrorResponse):
                 return rendered
             return await answer_with_embeddings(
@@ -276,6 +281,22 @@ def _patch_embedding_with_answer() -> None:
             hasattr(owner, render), "embedding-with-answer", f"{owner.__name__} has no {render}"
         )
         setattr(owner, create, wrapped(getattr(owner, create), render, *allowed))
+
+
+def _patch_interval_of_embeddings() -> None:
+    from vllm.v1.engine.output_processor import RequestState
+
+    original = RequestState.from_new_request
+    _expect_parameters(original, "interval-of-embeddings", "request", "stream_interval")
+
+    @functools.wraps(original)
+    def from_new_request(*args: Any, **kwargs: Any) -> Any:
+        state = original(*args, **kwargs)
+        if state.detokenizer is None:
+            state.stream_interval = 1
+        return state
+
+    RequestState.from_new_request = from_new_request
 
 
 def _patch_rows_without_lora() -> None:
@@ -416,6 +437,14 @@ LEDGER = (
         "which has a field of its own for it.",
         needless_when="a plugin can add fields to the answers of the OpenAI routes.",
         apply=_patch_embedding_with_answer,
+    ),
+    Patch(
+        name="interval-of-embeddings",
+        target="vllm.v1.engine.output_processor.RequestState.from_new_request",
+        why="With --stream-interval, an option for chats, the first embedding fails an assertion "
+        "in the loop that hands out answers: all requests fail, and the server ends.",
+        needless_when="RequestState.make_request_output has an interval for generated tokens only.",
+        apply=_patch_interval_of_embeddings,
     ),
     Patch(
         name="rows-without-lora",

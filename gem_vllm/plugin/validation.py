@@ -97,6 +97,10 @@ def check_prompt(
                 f"blocks before its special tokens; the context is {max_model_len}. Shorten the "
                 "prompt."
             )
+    if not set(special_ids).isdisjoint(getattr(options, "trace_decode_token_ids", None) or ()):
+        raise VLLMValidationError(
+            "trace_decode_token_ids names GEM special tokens, which are never generated."
+        )
     allowed = getattr(options, "allowed_token_ids", None)
     if allowed and set(special_ids).issuperset(allowed):
         raise VLLMValidationError(

@@ -53,6 +53,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "one at a time": {"max_num_seqs": 1},
     "few tokens beside chat": {"additional_config": {"gem_tokens_beside_chat": 24}},
     "LoRAs": {"enable_lora": True},
+    "answers in parts": {"stream_interval": 8},
     "compiled": {"enforce_eager": False},
     "a draft model": {"speculative_config": BY_THE_BASE},
     "a draft model, few KV blocks": {

@@ -10,11 +10,22 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from vllm import LLM, SamplingParams
+from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
+from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 
 from gem_vllm.config import GemConfig
-from tests.plugin.conftest import EMBED, named, random_prompts, run_together, running_engine
+from gem_vllm.reference import ReferenceEmbedder
+from tests.plugin.conftest import (
+    EMBED,
+    cosines,
+    embeddings_of,
+    named,
+    random_prompts,
+    run_together,
+    running_engine,
+)
 
 K = 4
 
@@ -182,3 +193,30 @@ def test_adapter_mode_generates_what_the_base_generates(
         outputs = run_together(engine, alternating)
     for name in chats:
         assert outputs[name].outputs[0].token_ids == expected[name].outputs[0].token_ids
+
+
+class Banned(LogitsProcessor):
+    """One that an engine is given for all requests: the token 7 is never sampled."""
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
+        pass
+
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        pass
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        logits[:, 7] = -torch.inf
+        return logits
+
+
+def test_a_logits_processor_sees_a_vocabulary(tiny_checkpoint: Callable[..., Path]) -> None:
+    """In a step of embedding requests only, too."""
+    folder, texts = tiny_checkpoint("llama", k=4), random_prompts([5, 17])
+    expected = ReferenceEmbedder(folder).embed(texts)
+    with running_engine(folder, logits_processors=[Banned]) as llm:
+        found = embeddings_of(run_together(llm, named("text", texts, EMBED)), len(texts))
+        llm.generate([{"prompt_token_ids": texts[0]}], SamplingParams(max_tokens=2))
+    assert cosines(found, expected).min() >= 0.9999

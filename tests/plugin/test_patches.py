@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pkgutil
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from vllm.config import SpeculativeConfig, VllmConfig
+from vllm.config import PoolerConfig, SpeculativeConfig, VllmConfig
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.pooling.base.io_processor import PoolingIOProcessor
@@ -21,6 +22,7 @@ from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.v1.attention import selector
 from vllm.v1.attention.backends import registry
 from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.engine.output_processor import RequestState
 
 from gem_vllm import compat
 from gem_vllm.config import SUPPORTED_ARCHITECTURES
@@ -37,6 +39,7 @@ NAMES = {
     "reserved-token-ids",
     "prompts-of-requests",
     "embedding-with-answer",
+    "interval-of-embeddings",
     "rows-without-lora",
     "draft-vocabulary",
 }
@@ -72,6 +75,7 @@ def test_config_hook_is_in_place() -> None:
         (OnlineRenderer, "preprocess_chat"),
         (OpenAIServingChat, "create_chat_completion"),
         (OpenAIServingCompletion, "create_completion"),
+        (RequestState, "from_new_request"),
         (lora_ops, "bgmv_shrink"),
         (lora_ops, "bgmv_expand"),
         (punica_cpu, "bgmv_shrink"),
@@ -99,6 +103,7 @@ def test_function_is_wrapped_once(owner: Any, attribute: str) -> None:
         (OnlineRenderer, "preprocess_chat", "_patch_prompts_of_requests"),
         (OpenAIServingChat, "create_chat_completion", "_patch_embedding_with_answer"),
         (OpenAIServingCompletion, "create_completion", "_patch_embedding_with_answer"),
+        (RequestState, "from_new_request", "_patch_interval_of_embeddings"),
         (lora_ops, "bgmv_shrink", "_patch_rows_without_lora"),
         (lora_ops, "bgmv_expand", "_patch_rows_without_lora"),
         (
@@ -117,6 +122,29 @@ def test_a_moved_vllm_is_named(
     monkeypatch.setattr(owner, attribute, moved)
     with pytest.raises(GemError, match=r"vLLM has moved under gem-vllm's patch '[a-z-]+'"):
         getattr(patches, patch)()
+
+
+@pytest.mark.parametrize("updated", [False, True], ids=["a config", "a copy"])
+def test_a_copy_of_a_config_keeps_its_graphs(
+    updated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a model has a pooler, vLLM takes it to have no use for full graphs."""
+    seen: list[Any] = []
+
+    def original(self: Any) -> None:
+        if self.model_config.pooler_config is not None:
+            seen.append(self.model_config.pooler_config)
+
+    monkeypatch.setattr(VllmConfig, "__post_init__", original)
+    monkeypatch.setattr(patches, "gem_config_of", lambda _: object())
+    patches._patch_graphs_beside_pooling()
+    given = PoolerConfig(task="embed")
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(config_updated=updated, pooler_config=given)
+    )
+    VllmConfig.__post_init__(config)
+    assert seen == ([] if updated else [given])  # a user's is for vLLM to see, and for us to refuse
+    assert config.model_config.pooler_config.task == "embed"
 
 
 @pytest.mark.parametrize("name", ["bgmv_shrink", "bgmv_expand"])

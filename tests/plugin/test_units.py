@@ -16,6 +16,7 @@ from vllm import PoolingParams
 from vllm.config import ParallelConfig, PoolerConfig, VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.engine.arg_utils import EngineArgs
+from vllm.exceptions import VLLMValidationError
 from vllm.platforms import current_platform
 from vllm.plugins import load_general_plugins
 from vllm.utils.hashing import sha256
@@ -41,6 +42,7 @@ from gem_vllm.plugin.runner import GemModelRunner
 from gem_vllm.plugin.runner_mixin import GemRunner
 from gem_vllm.plugin.runner_v2 import GemCudaGraphManager, GemModelRunnerV2
 from gem_vllm.plugin.scheduler import append_special_tokens
+from gem_vllm.plugin.validation import check_prompt
 from tests.imports import imported
 from tests.plugin.steps import SPECIAL, step_of
 
@@ -296,3 +298,14 @@ def test_cuda_graphs_of_the_v2_runner(
         gem_step.publish(None)
     assert chosen.cg_mode == expected
     assert chosen.num_tokens == {"FULL": 4, "PIECEWISE": 8, "NONE": 2}[expected.name]
+
+
+def test_a_trace_to_follow_has_no_special_tokens() -> None:
+    """They would be computed as ordinary tokens, and found by their ids in the prefix cache."""
+    gem_config = GemConfig((500, 501), "mean", "adapter", "base")
+    limits: dict[str, Any] = {"max_model_len": 64, "block_size": 16, "from_text": False}
+    check_prompt(
+        [5, 6], Mock(trace_decode_token_ids=[7], allowed_token_ids=None), gem_config, **limits
+    )
+    with pytest.raises(VLLMValidationError, match="trace_decode_token_ids names GEM special"):
+        check_prompt([5, 6], Mock(trace_decode_token_ids=[7, 501]), gem_config, **limits)
