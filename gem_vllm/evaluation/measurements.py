@@ -16,7 +16,6 @@ from mteb.abstasks import AbsTask
 from mteb.abstasks.aggregated_task import AbsTaskAggregate
 from mteb.cache import ResultCache
 from mteb.models.model_meta import ModelMeta
-from mteb.results import TaskResult
 
 from gem_vllm.errors import GemError
 from gem_vllm.evaluation.encoder import Embedder, EngineEmbedder, GemEncoder, model_meta
@@ -179,8 +178,8 @@ class Measurements:
         self._fetched = True
 
 
-def _kept_result(cache: ResultCache, task: AbsTask, meta: ModelMeta) -> TaskResult | None:
-    """What there is of a task; a file that a run has left half written is removed."""
+def _kept_result(cache: ResultCache, task: AbsTask, meta: ModelMeta) -> Any:
+    """mteb's result of a task, or None; a file that a run has left half written is removed."""
     try:
         return cache.load_task_result(task.metadata.name, meta)
     except ValueError:  # of JSON, and of pydantic
