@@ -81,9 +81,11 @@ def folder_name(path: str | Path) -> str:
 
 def writable_parent(path: Path) -> Path:
     """The nearest folder above ``path`` that is there; GemError where it cannot be written in."""
-    if too_long := [part for part in path.parts if len(os.fsencode(part)) > _NAME_BYTES]:
+    path = path.absolute()
+    existing = next(parent for parent in path.parents if os.path.exists(parent))
+    new = path.relative_to(existing).parts
+    if too_long := [part for part in new if len(os.fsencode(part)) > _NAME_BYTES]:
         raise GemError(f"the name {too_long[0][:40]}... is too long; choose a shorter one")
-    existing = next(parent for parent in path.absolute().parents if os.path.exists(parent))
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise GemError(f"nothing can be written in {existing}; choose another folder")
     return existing
