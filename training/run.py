@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import sys
@@ -20,6 +19,7 @@ from gem_vllm.config import GemConfig
 from gem_vllm.errors import GemError
 from gem_vllm.folders import (
     check_writable,
+    is_no_room,
     read_json,
     refuse_inside,
     writable_parent,
@@ -327,6 +327,4 @@ def join_processes() -> PartialState:
 
 def _is_disk_full(error: BaseException, folder: Path) -> bool:
     """Whether writing failed for want of space; torch and safetensors hide the errno."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    return shutil.disk_usage(folder).free < 1 << 20
+    return is_no_room(error) or shutil.disk_usage(folder).free < 1 << 20

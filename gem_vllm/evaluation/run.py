@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from gem_vllm.evaluation.local_tasks import find_tasks, local_task
 from gem_vllm.evaluation.measurements import Measurements, Report
 from gem_vllm.evaluation.options import MAY_COME_LATER, PROMPT_TYPES, EvaluateOptions
 from gem_vllm.evaluation.report import Column, write_report
-from gem_vllm.folders import write_json
+from gem_vllm.folders import is_no_room, write_json
 
 BOUND_FILE = "options.json"
 REVISION_CHARACTERS = 16
@@ -54,7 +53,7 @@ def evaluate(options: EvaluateOptions, report: Report = lambda line: None) -> Pa
         bound = _bind(options, server)
         write_report(options, tasks, _columns(options, measure, bound, server))
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_no_room(error):
             raise GemError(
                 f"the disk of {options.out} is full; what is done is kept: make room, and run the "
                 "same command again"
