@@ -1,4 +1,4 @@
-"""What `ablations.py` compares: one recipe, and one thing changed in each row."""
+"""What `ablations.py` compares: one recipe, and what is changed of it in each row."""
 
 from __future__ import annotations
 

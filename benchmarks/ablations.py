@@ -7,8 +7,8 @@ Trains what is not in ``ablations.json`` yet, one row after the other, and measu
 development tasks (`development.py`); writes ``ablations.md`` from all that is there. A row takes a
 few minutes on two cores; stop it and run it again as you like. Rows of another base, other texts or
 tasks belong into another ``--out``, and another ``--work``, where pairs and the model of the row
-``base`` stay. Of the rows that are in the repository only ``lora`` says what it is of: name an
-``--out`` of your own unless it is to go on with those.
+``base`` stay. Of the rows that are in the repository only ``lora`` and those of words say what they
+are of: name an ``--out`` of your own unless it is to go on with those.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--paragraphs", type=Path, required=True, help="text, a paragraph a line")
     parser.add_argument("--sentences", type=Path, required=True, help="text, a sentence a line")
     parser.add_argument("--tasks", type=Path, required=True, help="folder with a folder a task")
-    add_out(parser)
+    add_out(parser, goes_on=True)
     parser.add_argument("--work", type=Path, default=Path("runs/ablations"))
     parser.add_argument("--keep", action="store_true", help="leave the checkpoints in --work")
     parser.add_argument("--rows", nargs="+", help="names of rows; all by default")
@@ -256,7 +256,8 @@ def markdown(results: dict[str, Any]) -> str:
     lines = [
         "# What each part of the recipe brings",
         "",
-        "Short trainings of one recipe, one thing changed in each; where, is said at the end.",
+        "Short trainings of one recipe, changed in each as its title says; where, is said at the",
+        "end.",
         "The seeds show how far two runs of the same may be apart. Development tasks, texts cut at",
         "256 tokens, the metrics of mteb; computed with transformers, not with the engine.",
         "",

@@ -16,7 +16,9 @@ from typing import Any
 
 import psutil
 
+from gem_vllm.config import GemConfig
 from gem_vllm.errors import GemError
+from gem_vllm.folders import read_json
 from gem_vllm.machine import cpu_name, has_cuda
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,9 +35,21 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(2)
 
 
-def add_out(parser: argparse.ArgumentParser) -> None:
-    """Give a script's command line ``--out``, the folder that its results go to."""
-    parser.add_argument("--out", type=results_folder, default=ROOT / "benchmarks" / "results")
+def add_out(parser: argparse.ArgumentParser, *, goes_on: bool = False) -> None:
+    """Give a script's command line ``--out``, the folder that its results go to.
+
+    Args:
+        parser: of the script.
+        goes_on: whether it keeps the results that are there beside its own; by default they go to
+            the kept ones then. Else to a folder apart, so that a short run replaces none of them.
+    """
+    default = ROOT / "benchmarks" / "results" if goes_on else ROOT / "runs" / "benchmarks"
+    parser.add_argument(
+        "--out",
+        type=results_folder,
+        default=str(default),
+        help=f"default: {default.relative_to(ROOT)}",
+    )
 
 
 def results_folder(argument: str) -> Path:
@@ -52,6 +66,15 @@ def results_folder(argument: str) -> Path:
     if not os.access(folder, os.W_OK | os.X_OK):
         raise argparse.ArgumentTypeError(f"nothing can be written in {folder}")
     return folder
+
+
+def check_models(checkpoint: Path, base: Path) -> None:
+    """Raise GemError for what is no GEM checkpoint, or no base beside it."""
+    GemConfig.from_pretrained(checkpoint)
+    if not any(base.glob("*.safetensors")):
+        raise GemError(f"{base} holds no *.safetensors; --base is a Hugging Face model folder")
+    if "gem_config" in read_json(base / "config.json"):
+        raise GemError(f"{base} is a GEM checkpoint; --base is what it was made from")
 
 
 def about(*packages: str) -> dict[str, str]:

@@ -27,12 +27,12 @@ import numpy as np
 import pyarrow.dataset
 from benchmark_script import ROOT, about, add_out, run_script
 from embed_faults_job import ENGINE, NODES, Bench, Run
-from embed_faults_report import FAULTS, ROUNDS, markdown
+from embed_faults_report import FAULTS, OF_A_RUN, ROUNDS, markdown
 from embed_job import read
 from raylets import kill, raylets
 
-from gem_vllm.demo.processes import terminated_like_interrupted
 from gem_vllm.errors import GemError
+from gem_vllm.processes import terminated_like_interrupted
 
 MEMORY_ROWS = 10_000
 COSINE = 0.9999
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=200_000, help="texts of a long round")
     parser.add_argument("--rows-of-a-round", type=int, default=40_000, help="of the others")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "embed_faults")
-    add_out(parser)
+    add_out(parser, goes_on=True)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no round after")
     args = parser.parse_args()
     if not MEMORY_ROWS < args.rows_of_a_round <= args.rows:
@@ -56,7 +56,7 @@ def main() -> None:
     prepare(args)
     path = args.out / "embed_faults.json"
     now = about("vllm", "ray")
-    of_run = {name: now.pop(name) for name in ("commit", "hardware")}
+    of_run = {name: now.pop(name) for name in OF_A_RUN}
     fixed = {
         "engine": json.dumps(ENGINE),
         "texts": f"{args.rows} and {args.rows_of_a_round} of {args.data.name}",
@@ -64,7 +64,8 @@ def main() -> None:
     result = json.loads(path.read_text()) if path.is_file() else {"rounds": []}
     if {**result.get("about", {}), **fixed} != result.get("about", fixed):
         raise GemError(f"{path} has rounds of other settings; choose another --out")
-    result["about"] = {**fixed, **now}
+    # Rounds that were there before these were kept by round have versions and date in common.
+    result["about"] = {**result.get("about", {}), **fixed, **now}
     deadline = time.monotonic() + 60 * args.minutes
     with terminated_like_interrupted(), raylets(NODES) as cluster, ExitStack() as stack:
         bench = Bench(args.work, cluster, of_run, stack)

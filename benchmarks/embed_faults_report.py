@@ -12,15 +12,18 @@ FAULTS = {
     "driver": "kill -9 of the driver",
 }
 ROUNDS = 5
+# What `benchmark_script.about` says that is kept with each round.
+OF_A_RUN = ("hardware", "commit", "versions", "date")
 
 
 def markdown(result: dict[str, Any]) -> str:
     """Markdown of ``result``, which may lack rounds that are not done yet."""
     clean, rounds = result["clean"], result["rounds"]
     memory = clean["driver_mib"]
+    common = result["about"]
     of_runs = {
-        name: "; ".join(dict.fromkeys(run[name] for run in (clean, *rounds)))
-        for name in ("hardware", "commit")
+        name: "; ".join(dict.fromkeys(run.get(name) or common[name] for run in (clean, *rounds)))
+        for name in OF_A_RUN
     }
     lines = [
         "# The batch job under kill -9",
@@ -47,7 +50,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"**{memory['at']:.0f} MiB** at {memory['rows_at']:,} rows, **{memory['end']:.0f} MiB** at "
         f"{memory['rows_end']:,}, {memory['most']:.0f} at most between.",
         "",
-        *about_table({**result["about"], **of_runs}),
+        *about_table({**common, **of_runs}),
         "",
     ]
     return "\n".join(lines)

@@ -167,10 +167,12 @@ def markdown(result: dict[str, Any]) -> str:
         f"| GPUs | rows/s | driver, share of a core | written, MiB/s | {JOB_ROWS:,} rows |",
         "|---|---|---|---|---|",
         *(
-            f"| {n:,} | {n * rate:,.0f} | {n * rate / ROWS * cpu:.1%} | "
-            f"{n * rate / ROWS * mib:,.0f} | {JOB_ROWS / (n * rate) / 3600:,.1f} h |"
-            for n in GPUS
+            f"| {n:,} | {rows:,.0f} | {rows / ROWS * cpu:.0%} | {rows / ROWS * mib:,.0f} | "
+            f"{JOB_ROWS / rows / 3600:,.2f} h |"
+            for n, rows in ((n, min(n * rate, ROWS / cpu)) for n in GPUS)
         ),
+        "",
+        "Where the driver has all of a core to do, more GPUs bring nothing.",
         "",
         f"- **Driver**: at half a core busy with about {limit:,.0f} GPUs; larger shards "
         "(`--rows-per-shard`) move that out in proportion.",

@@ -36,9 +36,9 @@ from engine_facts import read_texts
 from engine_loads import mixed_amounts
 
 from gem_vllm.config import GemConfig
-from gem_vllm.demo.processes import terminated_like_interrupted
 from gem_vllm.errors import GemError
 from gem_vllm.machine import serve_dtype
+from gem_vllm.processes import terminated_like_interrupted
 
 PARTS = (*TASK_NAMES, "swing")
 IN_FLIGHT = (32, 256)
@@ -82,7 +82,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, required=True, help="a GEM checkpoint")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="these parts")
     parser.add_argument("--rounds", type=int, default=3, help="the servers take turns this often")
-    add_out(parser)
+    add_out(parser, goes_on=True)
     return parser.parse_args()
 
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import psutil
 
-from gem_vllm.demo.processes import process_group
 from gem_vllm.demo.server import wait_until_healthy
 from gem_vllm.machine import free_ports, serve_dtype, serve_environment
+from gem_vllm.processes import process_group
 
 MODEL = "gem"
 STOP_SECONDS = 60.0

@@ -19,7 +19,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from benchmark_script import about, add_out, run_script
+from benchmark_script import about, add_out, check_models, run_script
 from engine_facts import read_texts, weight_bytes
 from engine_loads import (
     CPU,
@@ -37,9 +37,9 @@ from engine_peer import TRANSFORMERS_BATCH, Peer
 from engine_report import MIXED_TARGETS, PEER_OF, UNITS, markdown, mixed_name, ratios
 
 from gem_vllm.config import GemConfig
-from gem_vllm.demo.processes import terminated_like_interrupted
 from gem_vllm.errors import GemError
 from gem_vllm.machine import has_cuda, serve_dtype
+from gem_vllm.processes import terminated_like_interrupted
 
 ADAPTER_FOLDER = "gem_adapter"
 
@@ -79,11 +79,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def check(args: argparse.Namespace, cores: list[int]) -> None:
     """Raise GemError for what cannot be measured, before anything is started."""
-    GemConfig.from_pretrained(args.checkpoint)
-    if not any(args.base.glob("*.safetensors")):
-        raise GemError(f"{args.base} holds no *.safetensors; --base is a Hugging Face model folder")
-    if "gem_config" in json.loads((args.base / "config.json").read_text(encoding="utf-8")):
-        raise GemError(f"{args.base} is a GEM checkpoint; --base is what it was made from")
+    check_models(args.checkpoint, args.base)
     if args.rounds < 1:
         raise GemError(f"--rounds is {args.rounds}; take 10 or more for figures to quote")
     if args.longer < 1:
@@ -103,6 +99,7 @@ class Run:
 
     def __init__(self, args: argparse.Namespace, cores: list[int], stack: ExitStack) -> None:
         self.args, self.cores = args, cores
+        self.k = GemConfig.from_pretrained(args.checkpoint).k
         self.size = (QUICK if args.quick else FULL).longer(args.longer)
         self.device = CUDA if has_cuda() else CPU
         self.folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -140,6 +137,7 @@ class Run:
         resident = {"one": gem.resident(), "two": sum(peer.resident() for peer in two.values())}
         return {
             "about": self.about(),
+            "k": self.k,
             "solo": solo,
             "mixed": mixed,
             "memory": {
@@ -233,10 +231,9 @@ class Run:
     def about(self) -> dict[str, str]:
         """Where, when and with what this was measured."""
         size = self.size
-        k = GemConfig.from_pretrained(self.args.checkpoint).k
         return {
             **self.of_run,
-            "checkpoint": f"{self.args.checkpoint.name}, k = {k}; base: {self.args.base.name}",
+            "checkpoint": f"{self.args.checkpoint.name}, k = {self.k}; base: {self.args.base.name}",
             "dtype": self.setup["dtype"],
             "engines": ", ".join(f"{key}={value}" for key, value in self.device.options.items()),
             "turns": f"work that takes plain vLLM about {size.solo_seconds:.0f} s",

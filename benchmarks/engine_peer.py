@@ -23,9 +23,9 @@ from typing import Any
 import psutil
 from benchmark_script import PLAIN_VLLM
 
-from gem_vllm.demo.processes import process_group
 from gem_vllm.errors import GemError
 from gem_vllm.machine import serve_environment
+from gem_vllm.processes import process_group
 
 LOAD_SECONDS = 900.0
 LOG_TAIL_LINES = 12

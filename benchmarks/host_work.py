@@ -26,9 +26,9 @@ from engine_peer import Peer
 from engine_report import PEER_OF, quartiles
 from random_checkpoint import make_base, make_checkpoint
 
-from gem_vllm.demo.processes import terminated_like_interrupted
 from gem_vllm.errors import GemError
 from gem_vllm.folders import write_json
+from gem_vllm.processes import terminated_like_interrupted
 
 SHAPE = {
     "hidden_size": 32,

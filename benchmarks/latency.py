@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from benchmark_script import PLAIN_VLLM, about, add_out, run_script
+from benchmark_script import PLAIN_VLLM, about, add_out, check_models, run_script
 from engine_facts import PROMPTS, TEXTS, read_paragraphs, read_texts
 from latency_peer import engine, request
 from latency_report import DOCUMENT, markdown, plot
@@ -49,6 +49,7 @@ def main() -> None:
     )
     add_out(parser)
     args = parser.parse_args()
+    check_models(args.checkpoint, args.base)
     if args.rounds < 1:
         raise GemError(f"--rounds is {args.rounds}; take 3 or more for figures to quote")
     if min(args.caps) < 1:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from gem_vllm.errors import GemError
 from gem_vllm.machine import serve_dtype
 
 CHATS, ANSWER, WAITING = 8, 48, 64
@@ -34,7 +35,7 @@ def engine(folder: Path, environment: Mapping[str, str]) -> Iterator[Connection]
     process.start()
     theirs.close()
     try:
-        ours.recv()
+        request(ours, "ready")
         yield ours
     finally:
         ours.close()
@@ -43,9 +44,12 @@ def engine(folder: Path, environment: Mapping[str, str]) -> Iterator[Connection]
 
 
 def request(peer: Connection, name: str, **arguments: Any) -> Any:
-    """Have a peer do something, and what came out."""
-    peer.send((name, arguments))
-    return peer.recv()
+    """Have a peer do something, and what came out; GemError where its engine has ended."""
+    try:
+        peer.send((name, arguments))
+        return peer.recv()
+    except (EOFError, BrokenPipeError) as error:
+        raise GemError(f"an engine ended ({name}); its message is above") from error
 
 
 def serve(peer: Connection, folder: Path, environment: Mapping[str, str]) -> None:
@@ -56,14 +60,17 @@ def serve(peer: Connection, folder: Path, environment: Mapping[str, str]) -> Non
     from vllm import LLM
 
     llm = LLM(str(folder), dtype=serve_dtype(), **ENGINE_OPTIONS)
-    work = {"embed": embed, "first_token": first_token, "beside": beside_texts}
-    peer.send("ready")
+    work = {"ready": ready, "embed": embed, "first_token": first_token, "beside": beside_texts}
     while True:
         try:
             name, arguments = peer.recv()
         except EOFError:
             return
         peer.send(work[name](llm, **arguments))
+
+
+def ready(llm: Any) -> None:
+    """Answer, when it has started."""
 
 
 def embed(llm: Any, ids: list[int]) -> None:

@@ -6,8 +6,8 @@ For each k, trains an adapter by reconstruction alone (text | special tokens | t
 reference decode texts that training has not seen from the special tokens' keys and values (arXiv
 2506.04344, appendix B and table 6). Run it again to go on where it was stopped: with what is not in
 ``reconstruction.json`` yet, from a training's last checkpoint. Half an hour a k on two cores. Those
-of another base, other data, steps or texts belong into another ``--out``; the ones that are in the
-repository do not say what they are of.
+of another base, other data, steps or texts belong into another ``--out``; of the ones that are in
+the repository only k = 2 and 8 say what they are of.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--base", type=Path, required=True, help="folder of the base model")
     parser.add_argument("--data", required=True, action="append", help="text to train on")
-    add_out(parser)
+    add_out(parser, goes_on=True)
     parser.add_argument("--work", type=Path, default=Path("runs/reconstruction"))
     parser.add_argument("--k", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--steps", type=int, default=300)

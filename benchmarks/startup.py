@@ -24,8 +24,8 @@ from typing import Any
 from benchmark_script import PLAIN_VLLM, add_out, commit, hardware, run_script, shown_command
 from endpoint_servers import vllm_serve
 
-from gem_vllm.demo.processes import terminated_like_interrupted
 from gem_vllm.folders import write_json
+from gem_vllm.processes import terminated_like_interrupted
 
 BASE = "base"
 OPTIONS = {"max_model_len": 1024, "kv_cache_memory_bytes": 1 << 30}

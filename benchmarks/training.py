@@ -39,7 +39,7 @@ def main() -> None:
     """Run all peers and report."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--base", type=Path, required=True, help="folder of the base model")
-    add_out(parser)
+    add_out(parser, goes_on=True)
     parser.add_argument("--special-tokens", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=64, help="of every text")
     parser.add_argument("--batch", type=int, default=32, help="pairs of a step")
@@ -50,6 +50,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.rounds < 1:
         raise GemError(f"--rounds is {args.rounds}; take 2 or more for figures to quote")
+    if args.steps < 1:
+        raise GemError(f"--steps is {args.steps}; take 5 or more for figures to quote")
     settings = {
         "tokens": args.tokens,
         "pairs": args.batch,

@@ -40,6 +40,7 @@ ADAPTER_FOLDER = "gem_adapter"
 
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
+_LORA = (".lora_A.weight", ".lora_B.weight")
 _ROWS = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
 
 
@@ -57,6 +58,11 @@ class Adapter:
     config: dict[str, Any]
     lora: dict[str, Tensor]
     rows: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors."""
+        return self.rows.nbytes + sum(tensor.nbytes for tensor in self.lora.values())
 
     def write(self, folder: Path, special_ids: tuple[int, ...] | None = None) -> None:
         """Write PEFT's two files; with ``special_ids``, the rows too."""
@@ -83,7 +89,12 @@ def read_lora(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise GemConfigError(f"{folder / _WEIGHTS} is missing; copy or download the folder again")
     config = read_json(folder / _CONFIG)
     check_plain_lora(config)
-    return config, read_tensors(folder / _WEIGHTS)
+    tensors = read_tensors(folder / _WEIGHTS)
+    if more := [name for name in sorted(tensors) if not name.endswith((*_LORA, _ROWS))]:
+        raise GemConfigError(
+            f"{folder / _WEIGHTS} has {more[0]}, which is of no plain LoRA; train one that is"
+        )
+    return config, tensors
 
 
 def check_plain_lora(config: dict[str, Any]) -> None:
@@ -92,10 +103,10 @@ def check_plain_lora(config: dict[str, Any]) -> None:
         "peft_type": ("LORA",),
         "bias": ("none", None),
         "lora_dropout": (0, None),
+        # Others (PiSSA, OLoRA, CorDA) take away from the base's weights what the LoRA begins with.
+        "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva", None),
     }
     for option in (
-        "use_rslora",
-        "use_dora",
         "rank_pattern",
         "alpha_pattern",
         "modules_to_save",
@@ -103,6 +114,11 @@ def check_plain_lora(config: dict[str, Any]) -> None:
         "fan_in_fan_out",
         "layer_replication",
         "target_parameters",
+        "alora_invocation_tokens",
+        "arrow_config",
+        "kasa_config",
+        "monteclora_config",
+        *(option for option in config if option.startswith("use_")),  # rsLoRA, DoRA, BD-LoRA, ...
     ):
         allowed[option] = (False, None, {}, [])
     for option, values in allowed.items():
@@ -134,8 +150,9 @@ def extract_adapter(checkpoint: str | Path, out: str | Path) -> None:
         )
     config, lora = read_lora(checkpoint / ADAPTER_FOLDER)
     rows = read_tensor(checkpoint, EMBEDDING)[list(gem_config.special_token_ids)]
-    with written_whole(out) as folder:
-        Adapter(config, lora, rows).write(folder, gem_config.special_token_ids)
+    adapter = Adapter(config, lora, rows)
+    with written_whole(out, weight_bytes=adapter.nbytes) as folder:
+        adapter.write(folder, gem_config.special_token_ids)
         write_json(folder / "gem_config.json", gem_config.to_dict())
         _copy_card(checkpoint, folder)
 
@@ -171,9 +188,9 @@ def apply_adapter(base: str | Path, adapter: str | Path, out: str | Path) -> Non
             f"the tokenizer of {base} gives the special tokens other ids than the adapter's "
             f"{list(gem_config.special_token_ids)}; use the base that it was trained on"
         )
-    config = {**config, "trainable_token_indices": None}
-    with written_whole(out, weight_bytes=weights_size(base)) as folder:
-        write_checkpoint(folder, base, tokenizer, gem_config, Adapter(config, tensors, rows))
+    read = Adapter({**config, "trainable_token_indices": None}, tensors, rows)
+    with written_whole(out, weight_bytes=weights_size(base) + read.nbytes) as folder:
+        write_checkpoint(folder, base, tokenizer, gem_config, read)
         _copy_card(adapter, folder)
 
 

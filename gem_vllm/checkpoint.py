@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -31,7 +31,7 @@ from gem_vllm.adapter import (
     write_configs,
 )
 from gem_vllm.config import MAX_SPECIAL_TOKENS, GemConfig, special_token
-from gem_vllm.errors import GemConfigError
+from gem_vllm.errors import GemConfigError, first_line
 from gem_vllm.folders import read_json, written_whole
 from gem_vllm.tokens import append_tokens, load_tokenizer, write_tokenizer
 from gem_vllm.weights import EMBEDDING, read_tensor, weight_files, weights_size
@@ -64,17 +64,24 @@ def load_base(
 
     Raises:
         GemConfigError: no such folder, an architecture that is not supported (by name), a GEM
-            checkpoint, other weights than safetensors, or weights that are missing.
+            checkpoint, a quantized model, other weights than safetensors, or weights that are
+            missing.
     """
     folder = Path(folder)
     config = _read_config(folder)
     if "gem_config" in config:
         raise GemConfigError(f"{folder} is a GEM checkpoint already; name the base it came from")
     plain_architecture(config)
+    if quantized := config.get("quantization_config"):
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise GemConfigError(
+            f"{folder} is quantized ({method}); name the model that it was made from, whose "
+            "weights are bfloat16, float16 or float32"
+        )
     if weights:
         return _load(folder, dtype)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
+        model = AutoModelForCausalLM.from_config(_hf_config(folder), dtype=dtype)
     return model.eval(), load_tokenizer(folder)
 
 
@@ -155,7 +162,7 @@ def save_checkpoint(
     gem_config = with_base(gem_config, base)
     dtype = read_tensor(base, EMBEDDING).dtype
     taken = _take_adapter(peft_model, gem_config, dtype)
-    with written_whole(folder, weight_bytes=weights_size(base)) as new:
+    with written_whole(folder, weight_bytes=weights_size(base) + taken.nbytes) as new:
         write_checkpoint(new, base, tokenizer, gem_config, taken)
 
 
@@ -201,21 +208,30 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return read_json(folder / "config.json")
 
 
+def _hf_config(folder: Path) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # of a class of its own for values of a wrong type
+        reason = " ".join(str(error).split())
+        raise GemConfigError(f"{folder / 'config.json'} cannot be used: {reason}") from error
+
+
 def _load(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     folder = folder.resolve()  # save_checkpoint reads the base again, from wherever it is run
     weight_files(folder)
+    config = _hf_config(folder)
     tokenizer = load_tokenizer(folder)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
+            config=config,
             dtype=dtype,
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise GemConfigError(f"{folder} cannot be loaded: {reason}") from error
+    except Exception as error:  # what fails in transformers for a broken folder is of many classes
+        raise GemConfigError(f"{folder} cannot be loaded: {first_line(error)}") from error
     if incomplete := sorted(info["missing_keys"]):
         raise GemConfigError(
             f"{folder} lacks {len(incomplete)} tensors ({incomplete[0]}, ...); copy or download "

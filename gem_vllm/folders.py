@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -13,9 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from gem_vllm.errors import GemConfigError, GemError
+from gem_vllm.processes import terminated_like_interrupted
 
 _HASH_BYTES = 1 << 22
+# Those in a GEM checkpoint: its adapter, and of tokenizers with several chat templates the others.
+CHECKPOINT_FOLDERS = ("gem_adapter", "additional_chat_templates")
 _SPARE_BYTES = 32 << 20  # for the tokenizer and the configs
 _NAME_BYTES = 200  # of 255 that file systems take: what is written beside it is named after it
 
@@ -59,7 +65,7 @@ def check_writable(folder: Path, *, weight_bytes: int = 0) -> None:
         GemError: ``folder`` is neither new nor empty nor a GEM checkpoint or adapter, nothing can
             be renamed to it, or its disk has less room than ``weight_bytes`` and a little more.
     """
-    folder = folder.absolute()
+    folder = Path(os.path.realpath(folder))
     if os.path.ismount(folder):
         raise GemError(f"{folder} is mounted, so it cannot be replaced; name a folder inside it")
     existing = writable_parent(folder)
@@ -99,7 +105,7 @@ def _foreign(folder: Path) -> str | None:
         config.is_file() and "gem_config" in read_json(config)
     )
     for entry in sorted(folder.iterdir()):
-        if not ours or (entry.is_dir() and entry.name != "gem_adapter"):
+        if not ours or (entry.is_dir() and entry.name not in CHECKPOINT_FOLDERS):
             return entry.name
     return None
 
@@ -108,19 +114,36 @@ def _foreign(folder: Path) -> str | None:
 def written_whole(folder: Path, *, weight_bytes: int = 0) -> Iterator[Path]:
     """Write ``folder`` through the scratch folder that this gives, renamed when all is on disk.
 
-    A GEM checkpoint or adapter that is there already is replaced, and stays whole until then.
+    A GEM checkpoint or adapter that is there already is replaced, and stays whole until then. Where
+    ``folder`` is a link, what it points to is written.
 
     Args:
         folder: to be written; new, empty, or a GEM checkpoint or adapter.
         weight_bytes: about how much will be written.
 
     Raises:
-        GemError: as `check_writable`, which comes first.
+        GemError: as `check_writable`, which comes first, or the disk is full in the end.
     """
     check_writable(folder, weight_bytes=weight_bytes)
-    folder = folder.absolute()
+    try:
+        with _renamed_when_done(Path(os.path.realpath(folder))) as new:
+            yield new
+    except Exception as error:
+        if is_no_room(error):
+            raise GemError(
+                f"{folder.parent} has no room left for {folder.name}; make room, or choose a "
+                "folder on another disk"
+            ) from error
+        raise
+
+
+@contextmanager
+def _renamed_when_done(folder: Path) -> Iterator[Path]:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+    with (
+        terminated_like_interrupted(),
+        tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch,
+    ):
         new, old = Path(scratch) / "new", Path(scratch) / "old"
         new.mkdir()
         yield new
@@ -149,8 +172,18 @@ def _fsync(path: Path) -> None:
 
 
 def is_no_room(error: BaseException) -> bool:
-    """Whether a file could not be written for want of space, or of a quota."""
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    """Whether a file could not be written for want of space, or of a quota; also a cause of it.
+
+    safetensors puts the number of the system's error into its text.
+    """
+    numbers = (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, OSError):
+        return error.errno in numbers
+    if error.__cause__ is not None and is_no_room(error.__cause__):
+        return True
+    return isinstance(error, SafetensorError) and any(
+        re.search(rf"\b(os error|code:) {number}\b", str(error)) for number in numbers
+    )
 
 
 def refuse_existing(folder: Path, *, overwrite: bool) -> None:

@@ -85,9 +85,14 @@ def engine_defaults(max_model_len: int) -> dict[str, Any]:
 
 
 def engine_workers(options: Mapping[str, Any]) -> int:
-    """Processes that compute, of an engine with these options."""
-    sizes = ("tensor_parallel_size", "pipeline_parallel_size")
-    return math.prod(options.get(size, 1) for size in sizes)
+    """Processes that compute, of an engine with these options; GemError for no number of them."""
+    sizes = {
+        name: options.get(name, 1) for name in ("tensor_parallel_size", "pipeline_parallel_size")
+    }
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise GemError(f"{name} must be a whole number from 1 on, not {size!r}")
+    return math.prod(sizes.values())
 
 
 def check_engine_options(options: Mapping[str, Any], *, served: bool = False) -> None:

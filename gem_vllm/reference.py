@@ -168,6 +168,8 @@ class ReferenceEmbedder:
         return new
 
     def _prompt(self, text: str | Sequence[int]) -> list[int]:
+        if text == "":  # of which a tokenizer that adds BOS makes a token
+            raise GemError("a text is empty; give at least one character")
         ids = self._checked(self.tokenizer(text).input_ids if isinstance(text, str) else text)
         if any(i in self._special_ids for i in ids):
             raise GemError(

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from sentence_transformers.base.modules import InputModule
 
-from gem_vllm.checkpoint import ADAPTER_FOLDER, load_checkpoint
+from gem_vllm.checkpoint import load_checkpoint
 from gem_vllm.config import GemConfig, special_token
 from gem_vllm.errors import GemError
-from gem_vllm.folders import write_json, written_whole
+from gem_vllm.folders import CHECKPOINT_FOLDERS, write_json, written_whole
 from gem_vllm.training.losses import pool
 from gem_vllm.training.modes import embedding_model
 from gem_vllm.training.sequences import pad
@@ -58,6 +58,8 @@ class GemModule(InputModule):
         Raises GemError for a text that is empty or spells a special token.
         """
         texts = [(prompt or "") + text for text in inputs]
+        if not all(texts):  # with a tokenizer that adds BOS, that of an empty text is not
+            raise GemError("a text is empty; give at least one character")
         rows = self.tokenizer(texts, truncation=True, max_length=self.max_seq_length)["input_ids"]
         if not all(rows):
             raise GemError("a text is empty; give at least one token")
@@ -113,7 +115,7 @@ def _no_part(folder: str, names: list[str]) -> list[str]:
         name
         for name in names
         if name in (MODULES_FILE, CONFIG_FILE)
-        or (name != ADAPTER_FOLDER and (Path(folder) / name).is_dir())
+        or (name not in CHECKPOINT_FOLDERS and (Path(folder) / name).is_dir())
     ]
 
 

@@ -7,16 +7,17 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from gem_vllm.config import special_token
-from gem_vllm.errors import GemConfigError
+from gem_vllm.errors import GemConfigError, first_line
 from gem_vllm.folders import read_json, write_json
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in ``folder``; GemConfigError if it has none."""
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        # Not Mistral's own format, which takes no further tokens and may lie beside it.
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, mistral_format=False)
+    except Exception as error:  # tokenizers raises no class of its own for a file that is broken
+        reason = first_line(error)
         raise GemConfigError(f"{folder} has no tokenizer that can be loaded: {reason}") from error
 
 
@@ -37,6 +38,6 @@ def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Save ``tokenizer``, without what transformers notes about how it was loaded."""
     tokenizer.save_pretrained(folder)
     config = read_json(folder / "tokenizer_config.json")
-    for key in ("is_local", "local_files_only", "name_or_path"):
+    for key in ("is_local", "local_files_only", "mistral_format", "name_or_path"):
         config.pop(key, None)
     write_json(folder / "tokenizer_config.json", config)

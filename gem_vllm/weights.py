@@ -122,7 +122,7 @@ def copy_with_rows(
     for file in sorted(set(files.values())):
         if not {name for name in (EMBEDDING, HEAD) if files.get(name) == file}:
             shutil.copyfile(file, out / file.name)
-            total += sum(tensor.nbytes for tensor in read_tensors(file).values())
+            total += _tensor_bytes(file)
             continue
         tensors = read_tensors(file)
         for name in (EMBEDDING, HEAD):
@@ -139,3 +139,9 @@ def copy_with_rows(
     if (source / _INDEX).is_file() and not (source / _SINGLE).is_file():
         weight_map = read_json(source / _INDEX)["weight_map"]
         write_json(out / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _tensor_bytes(file: Path) -> int:
+    """Of a safetensors file: all that is behind its header, whose length the first 8 bytes say."""
+    with file.open("rb") as opened:
+        return file.stat().st_size - 8 - int.from_bytes(opened.read(8), "little")

@@ -53,11 +53,7 @@ def main() -> None:
         optional = project["project"]["optional-dependencies"]
         optional[build] = [f"{name_of(optional[build][0])}=={arguments.vllm}"]
     stamp = describe(project, build, extras)
-    if (
-        environment.stamp.is_file()
-        and is_current(json.loads(environment.stamp.read_text()), stamp)
-        and environment.is_whole()
-    ):
+    if is_current(environment.made_from(), stamp) and environment.is_whole():
         return
     print(
         f"Setting up {environment.folder.name} with the {build} build of vLLM (minutes, once)",
@@ -93,6 +89,14 @@ class Environment:
     def site_packages(self) -> Path:
         version = f"python{sys.version_info[0]}.{sys.version_info[1]}"
         return self.folder / "lib" / version / "site-packages"
+
+    def made_from(self) -> dict:
+        """What the stamp says; nothing where there is none, or none that is whole."""
+        try:
+            stamp = json.loads(self.stamp.read_text())
+        except (OSError, ValueError):
+            return {}
+        return stamp if isinstance(stamp, dict) else {}
 
     def is_whole(self) -> bool:
         """Whether it is there, in the folder that it was made for, with this Python and a pip."""
@@ -179,8 +183,8 @@ def describe(project: dict, build: str, extras: list[str]) -> dict:
 
 def is_current(have: dict, want: dict) -> bool:
     """Whether the environment serves; one with more extras than asked for does."""
-    return set(want["extras"]) <= set(have["extras"]) and all(
-        have[key] == want[key] for key in want if key != "extras"
+    return set(want["extras"]) <= set(have.get("extras", ())) and all(
+        have.get(key) == want[key] for key in want if key != "extras"
     )
 
 

@@ -87,7 +87,7 @@ def train(
             _save(trainer, trained, tokenizer, gem_config)
             write_model_card(options.out, options, trainer.state.log_history, commit)
             write_json(options.run_folder / FINISHED_FILE, {"steps": trainer.state.global_step})
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (GemError, OSError, RuntimeError, SafetensorError) as error:
         if _is_disk_full(error, options.run_folder):
             raise GemError(
                 f"the disk of {options.run_folder} is full; the last checkpoint there is whole: "
@@ -326,5 +326,7 @@ def join_processes() -> PartialState:
 
 
 def _is_disk_full(error: BaseException, folder: Path) -> bool:
-    """Whether writing failed for want of space; torch and safetensors hide the errno."""
-    return is_no_room(error) or shutil.disk_usage(folder).free < 1 << 20
+    """Whether writing failed for want of space; what torch raises then does not say so."""
+    return is_no_room(error) or (
+        not isinstance(error, GemError) and shutil.disk_usage(folder).free < 1 << 20
+    )

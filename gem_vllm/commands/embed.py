@@ -82,7 +82,7 @@ def embed(
     not be finished. Prints one JSON object at the end.
     """
     require_ray("embed")
-    from gem_vllm.demo.processes import terminated_like_interrupted
+    from gem_vllm.processes import terminated_like_interrupted
     from gem_vllm.serving.job import run_embed_job
     from gem_vllm.serving.options import EmbedOptions, ReplicaOptions
 

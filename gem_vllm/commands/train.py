@@ -173,7 +173,8 @@ def train(
         int | None,
         typer.Option(
             help="Compute so many of a batch's texts at once, and again in the backward pass: "
-            "memory for large batches, paid for in time. [default: all]",
+            "memory for large batches, paid for in time.",
+            show_default="all",
             rich_help_panel=_CONTRASTIVE,
         ),
     ] = None,
@@ -197,7 +198,8 @@ def train(
     contrastive_learning_rate: Annotated[
         float | None,
         typer.Option(
-            help="Peak learning rate. [default: adapter 5e-4, lora 1e-4, full 1e-5]",
+            help="Peak learning rate.",
+            show_default="adapter 5e-4, lora 1e-4, full 1e-5",
             rich_help_panel=_CONTRASTIVE,
         ),
     ] = None,
@@ -205,7 +207,8 @@ def train(
         AlphaSchedule | None,
         typer.Option(
             help="How the weight of the contrastive loss (alpha) goes: 0 and then --alpha, a ramp, "
-            "or always --alpha. [default: adapter constant, full and lora step]",
+            "or always --alpha.",
+            show_default="adapter constant, full and lora step",
             rich_help_panel=_CONTRASTIVE,
         ),
     ] = None,
@@ -215,15 +218,16 @@ def train(
     alpha_steps: Annotated[
         int | None,
         typer.Option(
-            help="Steps before alpha steps up, or of its ramp. [default: 100, or a tenth of "
-            "--steps where that is less]",
+            help="Steps before alpha steps up, or of its ramp.",
+            show_default="100, or a tenth of --steps where that is less",
             rich_help_panel=_CONTRASTIVE,
         ),
     ] = None,
     raw_share: Annotated[
         float | None,
         typer.Option(
-            help="Share of texts without special tokens. [default: 0.8, adapter 0]",
+            help="Share of texts without special tokens.",
+            show_default="0.8, adapter 0",
             rich_help_panel=_NTP,
         ),
     ] = None,
@@ -238,7 +242,8 @@ def train(
     ntp_learning_rate: Annotated[
         float | None,
         typer.Option(
-            help="Peak learning rate. [default: full 1e-4, adapter and lora 5e-4]",
+            help="Peak learning rate.",
+            show_default="full 1e-4, adapter and lora 5e-4",
             rich_help_panel=_NTP,
         ),
     ] = None,
@@ -264,7 +269,8 @@ def train(
     lora_last_layers: Annotated[
         int | None,
         typer.Option(
-            help="Only so many of the last decoder layers have it. [default: all]",
+            help="Only so many of the last decoder layers have it.",
+            show_default="all",
             rich_help_panel=_OPTIMIZER,
         ),
     ] = None,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,7 +12,8 @@ from rich.table import Table
 
 from gem_vllm.demo.client import Totals
 from gem_vllm.demo.retrieval import RetrievalScore
-from gem_vllm.demo.server import SERVED_NAME
+from gem_vllm.demo.server import SERVED_NAME, serve_command
+from gem_vllm.machine import serve_environment
 
 
 @dataclass
@@ -83,11 +87,17 @@ def _speed(totals: Totals, seconds: float) -> str:
 
 
 def next_commands(checkpoint: Path) -> str:
-    """The commands to go on with."""
+    """The commands to go on with: the server that has just been seen to work, and requests."""
+    wanted = serve_environment()
+    set_here = {
+        name: wanted[name] for name in sorted(wanted) if os.environ.get(name) != wanted[name]
+    }
+    variables = "".join(f"{name}={shlex.quote(value)} " for name, value in set_here.items())
+    gem_vllm = shlex.quote(str(Path(sys.executable).with_name("gem-vllm")))
     return f"""
 Go on with:
 
-  .venv/bin/vllm serve {checkpoint} --served-model-name {SERVED_NAME}
+  {variables}{shlex.join(serve_command(checkpoint, 8000))}
 
   curl http://localhost:8000/v1/embeddings -H 'Content-Type: application/json' \\
     -d '{{"model": "{SERVED_NAME}", "input": "a text to embed"}}'
@@ -95,5 +105,5 @@ Go on with:
   curl http://localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\
     -d '{{"model": "{SERVED_NAME}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
 
-  .venv/bin/gem-vllm train --help
+  {gem_vllm} train --help
 """

@@ -21,7 +21,6 @@ from rich.text import Text
 from gem_vllm.commands.fetch import fetch_model
 from gem_vllm.compat import check_vllm_version
 from gem_vllm.demo.client import Client, Totals
-from gem_vllm.demo.processes import process_group, terminated_like_interrupted, wait_for
 from gem_vllm.demo.report import Report, next_commands, table
 from gem_vllm.demo.retrieval import (
     Embeddings,
@@ -34,6 +33,7 @@ from gem_vllm.demo.retrieval import (
 )
 from gem_vllm.demo.server import CONTEXT_TOKENS, serve
 from gem_vllm.errors import GemError
+from gem_vllm.processes import process_group, terminated_like_interrupted, wait_for
 
 BASE = "smollm2-135m-instruct"
 PASSAGES = 512
@@ -130,6 +130,7 @@ def steps_for(minutes: float, tokens_per_second: float) -> int:
 
 
 def _remove_last_run(out: Path) -> None:
+    out = Path(os.path.realpath(out))
     if out.exists():
         if not out.is_dir() or (any(out.iterdir()) and not (out / RUN_MARK).exists()):
             raise GemError(f"{out} holds something else; remove it, or choose another --out")

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import httpx
 
-from gem_vllm.demo.processes import process_group
 from gem_vllm.errors import GemError
 from gem_vllm.machine import free_ports, serve_dtype, serve_environment
+from gem_vllm.processes import process_group
 
 SERVED_NAME = "gem"
 CONTEXT_TOKENS = 2048

@@ -51,7 +51,7 @@ class GemModelConfig(VerifyAndUpdateConfig):
         model_config.hf_config.is_matryoshka = True
         vllm_config.parallel_config.worker_cls = WORKER
         vllm_config.scheduler_config.scheduler_cls = SCHEDULER
-        if current_platform.is_cuda_alike():
+        if current_platform.is_cuda():
             take_attention_backend(vllm_config)
         if current_platform.is_cpu():
             _bound_cpu_kv_cache(vllm_config)
@@ -120,7 +120,7 @@ def _refuse_unsupported(vllm_config: VllmConfig, gem_config: GemConfig) -> None:
             "token ids, by which special tokens are found whose hidden states were never computed. "
             "Leave --kv-transfer-config and --kv-offloading-size unset."
         )
-    if not (current_platform.is_cpu() or current_platform.is_cuda_alike()):
+    if not (current_platform.is_cpu() or current_platform.is_cuda()):
         raise ValueError("GEM checkpoints are served on vLLM's CPU and CUDA platforms only.")
 
 

@@ -25,6 +25,9 @@ _TASKS = {
         "/v1/responses",
         "/v1/messages",
         "/inference/v1/generate",
+        "/generative_scoring",
+        "/v1/systemone",
+        "/cohere/v2/chat",
     },
 }
 # Texts that are alike for so long are taken for the same.

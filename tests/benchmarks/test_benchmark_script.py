@@ -70,9 +70,11 @@ def test_what_the_user_can_mend_is_one_line(capsys: pytest.CaptureFixture[str]) 
 def test_the_folder_for_results_is_made_before_the_work(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    parser = argparse.ArgumentParser()
+    going_on, parser = argparse.ArgumentParser(), argparse.ArgumentParser()
+    add_out(going_on, goes_on=True)
+    assert going_on.parse_args([]).out == ROOT / "benchmarks" / "results"
     add_out(parser)
-    assert parser.parse_args([]).out == ROOT / "benchmarks" / "results"
+    assert parser.parse_args([]).out == ROOT / "runs" / "benchmarks"
     assert parser.parse_args(["--out", str(tmp_path / "a" / "b")]).out.is_dir()
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit) as ended:

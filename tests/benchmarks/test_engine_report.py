@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 def result() -> dict[str, Any]:
     return {
         "about": {"hardware": "a CPU", "commit": "abc"},
+        "k": 1,
         "solo": {
             "embed 30": {
                 "gem": [19.0, 40.0, 9.8],
@@ -79,6 +80,15 @@ def test_page_shows_ratios_and_medians(result: dict[str, Any]) -> None:
         "| hardware | a CPU |",
     ):
         assert line in lines
+
+
+def test_embeddings_of_several_special_tokens_have_an_aim_of_their_own(
+    result: dict[str, Any],
+) -> None:
+    rows = [line.split(" | ") for line in markdown({**result, "k": 8}).splitlines()]
+    aims = {row[0].removeprefix("| "): row[-1] for row in rows if len(row) == 4}
+    assert aims["embed 30"] == aims["embed 230"] == ">= 0.95 |"
+    assert aims["generate"] == ">= 0.97 |"
 
 
 def test_every_table_is_rectangular(result: dict[str, Any]) -> None:

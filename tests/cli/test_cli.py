@@ -45,6 +45,14 @@ def test_every_subcommand_has_help(name: str) -> None:
     assert "Usage: " in result.stdout
 
 
+def test_help_tells_defaults_that_depend_on_the_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In brackets in the text itself, rich would take them for markup and leave them out."""
+    monkeypatch.setenv("COLUMNS", "200")
+    text = run("train", "--help").stdout
+    for default in ("adapter 5e-4, lora 1e-4, full 1e-5", "0.8, adapter 0", "adapter constant"):
+        assert default in text
+
+
 def test_help_is_quick_because_nothing_heavy_is_imported() -> None:
     assert imported("import gem_vllm.cli", "torch", "vllm") == []
 

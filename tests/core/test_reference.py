@@ -274,6 +274,7 @@ def test_full_mode(reference, tiny_checkpoint):
     ("texts", "says"),
     [
         ([[]], "is empty"),
+        ([""], "is empty"),  # but for the BOS that the tokenizer adds
         (["x <|gem_1|> y"], "has a special token"),
         ([[5, 512]], "has a special token"),
         ([[5, 515]], "from 0 to 514"),

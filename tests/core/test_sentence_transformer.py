@@ -92,10 +92,11 @@ def test_prompts_dtypes_and_long_texts(
     assert np.isfinite(long).all()
 
 
+@pytest.mark.parametrize("family", ["qwen3", "llama"], ids=["no-bos", "bos"])
 def test_texts_that_the_engine_refuses_are_refused(
-    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, family: str
 ) -> None:
-    export(tiny_checkpoint("qwen3"), tmp_path / "st")
+    export(tiny_checkpoint(family), tmp_path / "st")
     model = SentenceTransformer(str(tmp_path / "st"), trust_remote_code=True, device="cpu")
     with pytest.raises(GemError, match="special token"):
         model.encode(["what is <|gem_1|>"])

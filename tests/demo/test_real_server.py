@@ -12,8 +12,8 @@ import pytest
 
 from gem_vllm.demo import server
 from gem_vllm.demo.client import Client, Totals
-from gem_vllm.demo.processes import process_group
 from gem_vllm.machine import free_ports, serve_environment
+from gem_vllm.processes import process_group
 from tests.tiny import make_tiny_checkpoint
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import math
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from rich.console import Console
 from gem_vllm.demo import run
 from gem_vllm.demo.client import STEPS_METRIC, Client, Totals, parse_step_counts
 from gem_vllm.demo.run import DemoOptions, run_demo, steps_for
+from gem_vllm.demo.server import serve_command
 from gem_vllm.errors import GemError
 from tests.demo.stand_ins import alive, stand_ins, started, until, without_a_model
 from tests.tiny import make_tiny_base
@@ -56,7 +58,7 @@ def test_from_start_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "8 steps of the engine held embedding and chat at once" in text
     assert "accuracy@1" in text
     assert "40 texts" in text
-    assert f"vllm serve {tmp_path / 'out' / 'checkpoint'}" in text.replace("\n", "")
+    assert shlex.join(serve_command(tmp_path / "out" / "checkpoint", 8000)) in text
 
 
 def test_a_server_that_fails_ends_the_demo_with_its_log(

@@ -13,9 +13,9 @@ from typing import Any
 import httpx
 import openai
 
-from gem_vllm.demo.processes import process_group
 from gem_vllm.demo.server import wait_until_healthy
 from gem_vllm.machine import free_ports
+from gem_vllm.processes import process_group
 from gem_vllm.reference import ReferenceEmbedder
 
 LIMIT = 256

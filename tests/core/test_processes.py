@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from gem_vllm.demo import processes
-from gem_vllm.demo.processes import process_group, wait_for
+from gem_vllm import processes
 from gem_vllm.errors import GemError
+from gem_vllm.processes import process_group, wait_for
 from tests.demo.stand_ins import alive, started, until
 
 FAMILY = """
@@ -29,7 +29,7 @@ time.sleep(600)
 # Runs FAMILY in a process group, as the demo runs the server, until a signal comes.
 OWNER = """
 import sys, time
-from gem_vllm.demo.processes import process_group, terminated_like_interrupted
+from gem_vllm.processes import process_group, terminated_like_interrupted
 with terminated_like_interrupted(), process_group([sys.executable, "-c", *sys.argv[1:]]):
     time.sleep(600)
 """
@@ -76,6 +76,19 @@ def test_a_signal_to_the_owner_ends_them(number: signal.Signals, tmp_path: Path)
         owner.send_signal(number)
         assert owner.wait(timeout=120) != 0
     assert until(lambda: not any(map(alive, pids)), seconds=30)
+
+
+def test_an_ignored_signal_stays_ignored(tmp_path: Path) -> None:
+    """As under nohup, where the terminal that closes is to end nothing."""
+    code = f"import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); {OWNER}"
+    with started([sys.executable, "-c", code, FAMILY, str(tmp_path / "pids")]) as owner:
+        pids = pids_in(tmp_path / "pids")
+        owner.send_signal(signal.SIGHUP)
+        with pytest.raises(subprocess.TimeoutExpired):
+            owner.wait(timeout=1.0)
+        assert all(map(alive, pids))
+        owner.send_signal(signal.SIGTERM)
+        assert owner.wait(timeout=120) == 128 + signal.SIGTERM
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.05, 0.1, 0.2, 0.3])

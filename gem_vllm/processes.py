@@ -1,4 +1,7 @@
-"""Child processes that end with the demo, whatever ends it."""
+"""Child processes that end with the block they are started in, and signals that leave it in order.
+
+Only a SIGKILL of this process leaves its children behind.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -43,12 +47,22 @@ def process_group(
 
 @contextlib.contextmanager
 def terminated_like_interrupted() -> Iterator[None]:
-    """Within the block SIGTERM and SIGHUP leave through ``finally`` clauses too, as Ctrl-C does."""
+    """Within the block SIGTERM and SIGHUP leave through ``finally`` clauses too, as Ctrl-C does.
+
+    One that is ignored stays so (``nohup``). Outside the main thread, which alone is told of
+    signals, nothing changes.
+    """
 
     def leave(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
-    previous = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    heeded = [
+        number
+        for number in (signal.SIGTERM, signal.SIGHUP)
+        if threading.current_thread() is threading.main_thread()
+        and signal.getsignal(number) is not signal.SIG_IGN
+    ]
+    previous = {number: signal.signal(number, leave) for number in heeded}
     try:
         yield
     finally:
