@@ -25,7 +25,7 @@ demo: setup  ## train an adapter, serve it, search and chat with it: about 12 mi
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy gem_vllm
+	$(BIN)/python tools/check_types.py
 
 test: lint  ## lint, then the tests
 	$(call run-tests,$(BIN))

@@ -106,5 +106,6 @@ class RowEmbedder:
             raise BadRow(f"{texts[i]!r:.80}: {reason}")
 
         answers = in_order(self._engine.embed(texts), bad)
-        vectors = [answer.vector for answer in answers if answer is not None]
+        found = (answer.vector for answer in answers if answer is not None)
+        vectors = [vector for vector in found if vector is not None]
         return {**batch, config.output_column: np.stack(vectors)}

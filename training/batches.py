@@ -15,7 +15,6 @@ from gem_vllm.errors import GemError
 from gem_vllm.training import peers
 from gem_vllm.training.data import TextSource, shuffled
 from gem_vllm.training.lexical import Neighbourhoods
-from gem_vllm.training.losses import alpha_at
 from gem_vllm.training.options import TrainOptions
 from gem_vllm.training.pairs import PairSource
 from gem_vllm.training.positives import (
@@ -83,7 +82,7 @@ class TrainBatches(IterableDataset):
         contrastive = pairs_taken = lexical_taken = 0
         for step in range(options.steps):
             rng = random.Random(f"{options.seed}/{step}")
-            alpha = self._alpha(step)
+            alpha = self.options.alpha_of(step)
             contrastive += alpha > 0.0
             labelled: list[_Drawn] = []
             if alpha > 0.0 and self.pairs and options.pairs_share * contrastive > pairs_taken:
@@ -147,12 +146,6 @@ class TrainBatches(IterableDataset):
             labelled = self._labelled()
             for _ in range(self.options.batch_size):
                 next(labelled)
-
-    def _alpha(self, step: int) -> float:
-        options = self.options
-        return alpha_at(
-            step, options.alpha_schedule, value=options.alpha, switch_step=options.alpha_steps
-        )
 
     def _turns(self) -> Iterator[tuple[str, int]]:
         """Kind of pair and source of each step."""
@@ -269,6 +262,7 @@ class TrainBatches(IterableDataset):
 
     def _next_token(self, contents: list[list[int]], rng: random.Random) -> dict[str, torch.Tensor]:
         options = self.options
+        assert options.raw_share is not None
         rows = [
             mixed_sequence(
                 content,

@@ -52,8 +52,8 @@ class WordVectors:
         for text in texts:
             known = (word for word in self._words(text) if word in self._column)
             counts = Counter(self._column[word] for word in known)
-            row = np.fromiter(counts.values(), dtype=np.float32, count=len(counts))
-            row = (1.0 + np.log(row)) * self._rarity[list(counts)]
+            seen = np.fromiter(counts.values(), dtype=np.float32, count=len(counts))
+            row = (1.0 + np.log(seen)) * self._rarity[list(counts)]
             values.extend(row / max(float(np.linalg.norm(row)), 1.0))
             columns.extend(counts)
             starts.append(len(columns))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
@@ -13,7 +13,7 @@ from gem_vllm.mask import interval_mask_mod
 # FlexAttention's, in tokens. Rows that are no whole block may go to its kernel for decoding, which
 # has no form for some of them ("NoValidChoicesError": 65 tokens of float32 in torch 2.11).
 FLEX_BLOCK = 128
-Mask = torch.Tensor | dict[str, torch.Tensor]
+Mask: TypeAlias = torch.Tensor | dict[str, torch.Tensor]
 
 
 def layer_masks(

@@ -110,7 +110,7 @@ def _read(options: MineOptions) -> tuple[list[str], np.ndarray]:
     if not files:
         raise GemError(f"{options.vectors} holds no Parquet files; make them with: gem-vllm embed")
     texts: dict[str, None] = {}
-    parts = []
+    parts: list[np.ndarray] = []
     for file in files:
         table = _read_columns(file, options.text_column)
         size = table.column(1).type.list_size

@@ -23,7 +23,7 @@ from gem_vllm.training.choices import (
     Positives,
 )
 from gem_vllm.training.lexical import NEIGHBOURHOOD, STEMMERS
-from gem_vllm.training.losses import MAX_SCALE
+from gem_vllm.training.losses import MAX_SCALE, alpha_at
 from gem_vllm.training.positives import MIN_SPAN_TOKENS
 
 # What may differ between a run and its --resume without changing a loss.
@@ -118,6 +118,12 @@ class TrainOptions:
         """Where the run keeps its checkpoints, logs and options: ``OUT.run``, beside the result."""
         return self.out.with_name(self.out.name + ".run")
 
+    def alpha_of(self, step: int) -> float:
+        """The weight of the contrastive loss at a step (counted from 0)."""
+        assert self.alpha_schedule is not None
+        assert self.alpha_steps is not None
+        return alpha_at(step, self.alpha_schedule, value=self.alpha, switch_step=self.alpha_steps)
+
     def bound(self) -> dict[str, Any]:
         """What the losses depend on, as JSON-ready values: a run and its resumption share it.
 
@@ -191,6 +197,7 @@ class TrainOptions:
         for name in ("rows_per_pass", "lora_last_layers"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise GemError(f"{flag(name)} must be at least 1")
+        assert self.alpha_steps is not None
         if self.alpha_schedule == "step" and self.alpha_steps >= self.steps:
             raise GemError(
                 f"--alpha-steps {self.alpha_steps} are all of --steps {self.steps}: no step would "

@@ -51,8 +51,9 @@ class Packing:
                 used.append(0)
             row[index], offset[index] = place, used[place]
             used[place] += length
-        moved = (torch.tensor(values, device=lengths.device) for values in (row, offset))
-        return cls(*moved, lengths, (len(used), rounded(max(used))))
+        rows = torch.tensor(row, device=lengths.device)
+        offsets = torch.tensor(offset, device=lengths.device)
+        return cls(rows, offsets, lengths, (len(used), rounded(max(used))))
 
     @classmethod
     def for_dense_masks(cls, lengths: torch.Tensor) -> Packing:

@@ -12,7 +12,7 @@ import torch
 from accelerate import PartialState
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from gem_vllm.checkpoint import add_special_tokens, load_base, save_checkpoint
 from gem_vllm.config import GemConfig
@@ -78,7 +78,7 @@ def train(
         if state.is_main_process:
             _start_run(options, resume=resume)
         state.wait_for_everyone()
-        start = (whole_checkpoints(options.run_folder) or [None])[-1]
+        start = next(reversed(whole_checkpoints(options.run_folder)), None)
         if start is not None:
             trainer.train_dataset.start_step = int(start.name.rpartition("-")[2])
         trainer.train(resume_from_checkpoint=None if start is None else str(start))
@@ -101,7 +101,9 @@ def train(
     return options.out
 
 
-def make_trainer(options: TrainOptions, *, progress: bool = True):
+def make_trainer(
+    options: TrainOptions, *, progress: bool = True
+) -> tuple[GemTrainer, PreTrainedTokenizerBase, GemConfig]:
     """The trainer of a run, its tokenizer (with the special tokens) and its gem_config."""
     torch.manual_seed(options.seed)
     dtype = compute_dtype(options.dtype)
@@ -235,7 +237,10 @@ def compute_dtype(name: str) -> torch.dtype:
 
 
 def _save(
-    trainer: GemTrainer, trained: dict[str, torch.Tensor], tokenizer, gem_config: GemConfig
+    trainer: GemTrainer,
+    trained: dict[str, torch.Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    gem_config: GemConfig,
 ) -> None:
     options, lm = trainer.options, trainer.model.lm
     if options.shard and options.mode != "adapter":

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
 from transformers import (
     Trainer,
@@ -27,7 +27,7 @@ from gem_vllm.errors import GemError
 from gem_vllm.training import peers
 from gem_vllm.training.batches import TrainBatches
 from gem_vllm.training.held_out import HeldOutPairs
-from gem_vllm.training.losses import MAX_LOG_TEMPERATURE, alpha_at
+from gem_vllm.training.losses import MAX_LOG_TEMPERATURE
 from gem_vllm.training.model import GemTrainingModel
 from gem_vllm.training.options import TrainOptions
 
@@ -39,6 +39,11 @@ LENGTHS = ("cl_lengths", "ntp_lengths", "lex_lengths")
 
 class GemTrainer(Trainer):
     """Trains a ``GemTrainingModel`` on ``TrainBatches``; losses, alpha and tokens/s are logged."""
+
+    # Of Trainer, which mypy is not shown.
+    control: TrainerControl
+    lr_scheduler: Any
+    optimizer: torch.optim.Optimizer
 
     def __init__(
         self,
@@ -90,7 +95,7 @@ class GemTrainer(Trainer):
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
-    ) -> torch.optim.lr_scheduler.LRScheduler:
+    ) -> LRScheduler:
         """The two learning rates, each weighed as its loss is, under one warm-up and cosine."""
         if self.lr_scheduler is None:
             self.lr_scheduler = LambdaLR(
@@ -99,7 +104,9 @@ class GemTrainer(Trainer):
             )
         return self.lr_scheduler
 
-    def compute_loss(self, model: Any, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any):
+    def compute_loss(
+        self, model: Any, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
         """The model's own loss; its parts and its tokens are kept for the log."""
         kwargs["return_outputs"] = False
         outputs = model(**inputs)
@@ -153,9 +160,9 @@ def learning_rate_at(step: int, options: TrainOptions) -> float:
     else:
         done = (step - warmup) / max(options.steps - warmup, 1)
         shape = 0.5 * (1.0 + math.cos(math.pi * done))
-    alpha = alpha_at(
-        step, options.alpha_schedule, value=options.alpha, switch_step=options.alpha_steps
-    )
+    alpha = options.alpha_of(step)
+    assert options.ntp_learning_rate is not None
+    assert options.contrastive_learning_rate is not None
     rate = (1.0 - alpha) * options.ntp_learning_rate + alpha * options.contrastive_learning_rate
     return rate * shape
 

@@ -191,6 +191,8 @@ def run_language_tasks(
     results = simple_evaluate(
         lm,
         tasks=tasks,
+        # Reading the thousands of tasks that lm-eval has takes seconds.
+        task_manager=TaskManager(include_defaults=any(isinstance(task, str) for task in tasks)),
         num_fewshot=shots,
         limit=limit,
         log_samples=False,

@@ -121,7 +121,7 @@ class Door:
         leave the engine at work.
         """
         connection = Connection(body, request.receive)
-        task = asyncio.create_task(self._app(request.scope, connection.receive, answer.send))
+        task = asyncio.ensure_future(self._app(request.scope, connection.receive, answer.send))
         try:
             await asyncio.wait([task])
         except asyncio.CancelledError:

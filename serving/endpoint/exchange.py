@@ -123,13 +123,14 @@ class Connection:
         if self._body is not None:
             body, self._body = self._body, None
             return {"type": "http.request", "body": body, "more_body": False}
-        ways = [asyncio.ensure_future(self._receive()), asyncio.ensure_future(self._ended.wait())]
+        received = asyncio.ensure_future(self._receive())
+        ended = asyncio.ensure_future(self._ended.wait())
         try:
-            await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
-            return {"type": "http.disconnect"} if self._ended.is_set() else ways[0].result()
+            await asyncio.wait([received, ended], return_when=asyncio.FIRST_COMPLETED)
+            return {"type": "http.disconnect"} if self._ended.is_set() else received.result()
         finally:
-            for way in ways:
-                way.cancel()
+            received.cancel()
+            ended.cancel()
 
 
 async def _nothing_more() -> Message:

@@ -33,7 +33,10 @@ class GemServer(LLMServer):
 
     _default_engine_cls = GemEngine
 
-    async def __init__(self, llm_config: Any, limits: Limits, api_keys: Path | None) -> None:
+    # Serve awaits it.
+    async def __init__(  # type: ignore[misc]
+        self, llm_config: Any, limits: Limits, api_keys: Path | None
+    ) -> None:
         self._limits, self._api_keys = limits, api_keys
         await super().__init__(llm_config)
 

@@ -30,6 +30,11 @@ from gem_vllm.plugin import models
 EMBED = PoolingParams(task="embed")
 
 
+def is_interpreted() -> bool:
+    """Whether Triton's kernels are run by its interpreter, line by line (`test_runner_v2`)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 @contextmanager
 def attending_by(backend: str) -> Iterator[None]:
     """Models that are loaded from here on attend by this class, named as an import path."""

@@ -29,6 +29,7 @@ from tests.plugin.conftest import (
     embed,
     embeddings_of,
     free_blocks,
+    is_interpreted,
     named,
     noted_preemptions,
     random_prompts,
@@ -40,6 +41,7 @@ from tests.plugin.random_load import RandomLoad, Request, check, run_load
 from tests.tiny import FAMILIES
 
 LIMIT = 512
+REQUESTS = 30 if is_interpreted() else 60
 BY_THE_BASE = {"method": "draft_model", "num_speculative_tokens": 3}
 OPTIONS: dict[str, dict[str, Any]] = {
     "chunks of 16 tokens": {"max_num_batched_tokens": 16, "max_num_seqs": 8},
@@ -137,7 +139,7 @@ def test_any_option(
     by_priority = options.get("scheduling_policy") == "priority"
     with running_engine(folder, max_model_len=LIMIT, **options) as llm:
         preempted = noted_preemptions(llm)
-        done = serve_load(llm, load, 60, lora, at_once=24, priorities=by_priority)
+        done = serve_load(llm, load, REQUESTS, lora, at_once=24, priorities=by_priority)
     assert bool(preempted) == few_blocks
     assert any(request.lora for request in done) == ("enable_lora" in options)
 

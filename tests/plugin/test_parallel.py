@@ -20,6 +20,7 @@ from tests.plugin.conftest import (
     cosines,
     embeddings_of,
     free_blocks,
+    is_interpreted,
     named,
     random_prompts,
     run_together,
@@ -82,7 +83,7 @@ def test_two_workers(
     with running_engine(folder, **options) as llm:
         run_together(llm, {"first": ([5, 6], EMBED)})
         before = free_blocks(llm), llm.collective_rpc(held_by)
-        check(load.reference, run_load(llm, load, 24, at_once=12))
+        check(load.reference, run_load(llm, load, 12 if is_interpreted() else 24, at_once=12))
         run_together(llm, {"last": ([5, 6], EMBED)})
         assert (free_blocks(llm), llm.collective_rpc(held_by)) == before
         assert not scheduler_of(llm).requests

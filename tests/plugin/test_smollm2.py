@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,10 @@ import torch
 from vllm import SamplingParams
 
 from gem_vllm.adapter import apply_adapter
-from gem_vllm.checkpoint import load_base
 from gem_vllm.commands.fetch import fetch_model
 from gem_vllm.machine import serve_dtype
 from gem_vllm.reference import ReferenceEmbedder
+from gem_vllm.tokens import load_tokenizer
 from tests.plugin.conftest import EMBED, cosines, embed, named, run_together, running_engine
 from tests.plugin.random_load import RandomLoad
 from tests.plugin.test_conformance import serve_load
@@ -27,7 +26,6 @@ needs_bfloat16 = pytest.mark.skipif(
 )
 ROOT = Path(__file__).parents[2]
 LIMIT = 512
-CORES = ",".join(map(str, sorted(os.sched_getaffinity(0))))
 
 
 @pytest.fixture(scope="module")
@@ -52,15 +50,10 @@ def checkpoint(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
 @pytest.fixture(scope="module")
 def sentences(base: Path) -> list[list[int]]:
     """Token ids of Wikipedia text, one paragraph each, of at least 46 tokens."""
-    _, tokenizer = load_base(base, dtype=torch.bfloat16)
+    tokenizer = load_tokenizer(base)
     with (ROOT / "examples" / "wikipedia_train.txt").open(encoding="utf-8") as text:
         paragraphs = [tokenizer(line.strip()).input_ids for line in text if line.strip()]
     return [ids for ids in paragraphs if len(ids) >= 46]
-
-
-@pytest.fixture(autouse=True)
-def all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", CORES)
 
 
 def texts_of(sentences: list[list[int]], lengths: list[int]) -> list[list[int]]:
@@ -101,7 +94,7 @@ def test_random_load(options: dict[str, Any], checkpoint: Callable[[int], Path])
 
 
 @needs_bfloat16
-@pytest.mark.parametrize("k", [1, 4, 10])
+@pytest.mark.parametrize("k", [pytest.param(1, marks=pytest.mark.slow), 4, 10])
 def test_bfloat16_agreement(
     k: int, checkpoint: Callable[[int], Path], sentences: list[list[int]]
 ) -> None:

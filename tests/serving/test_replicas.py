@@ -30,18 +30,6 @@ def options_of(model: Path, folder: Path, rows: int, rows_per_shard: int) -> Emb
     )
 
 
-def test_a_second_replica_is_started_where_there_is_work(model: Path, tmp_path: Path) -> None:
-    reports: list[dict[str, Any]] = []
-    summary = run_embed_job(
-        options_of(model, tmp_path, 24_000, 200),
-        replace(REPLICAS, min_replicas=1, max_replicas=2),
-        reports.append,
-    )
-    replicas = [report["replicas"] for report in reports]
-    assert (replicas[0], max(replicas)) == (1, 2)
-    assert summary["rows_embedded"] == 24_000
-
-
 def test_two_workers_share_a_replicas_model(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -52,8 +40,13 @@ def test_two_workers_share_a_replicas_model(
     check_all_rows(model, Path(options.output), 200)
 
 
-def test_a_replicas_work_is_in_rays_metrics(model: Path, tmp_path: Path) -> None:
-    options = options_of(model, tmp_path, 4000, 50)
+def test_a_second_replica_is_started_where_there_is_work_and_metrics_tell_of_it(
+    model: Path, tmp_path: Path
+) -> None:
+    rows = 24_000
+    options = options_of(model, tmp_path, rows, 200)
+    reports: list[dict[str, Any]] = []
+    one_or_two = replace(REPLICAS, min_replicas=1, max_replicas=2)
     (node,) = (node for node in ray.nodes() if node["Alive"])
     url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
 
@@ -69,10 +62,13 @@ def test_a_replicas_work_is_in_rays_metrics(model: Path, tmp_path: Path) -> None
         return {line.split("{")[0]: float(line.rsplit(" ", 1)[1]) for line in of_job}
 
     with ThreadPoolExecutor(1) as thread:
-        job = thread.submit(run_embed_job, options, REPLICAS)
+        job = thread.submit(run_embed_job, options, one_or_two, reports.append)
         wait_for(lambda: set(metrics()) == names or job.done())
         found = metrics()
-        job.result()
+        summary = job.result()
+    replicas = [report["replicas"] for report in reports]
+    assert (replicas[0], max(replicas)) == (1, 2)
+    assert summary["rows_embedded"] == rows
     assert set(found) == names
-    assert 0 < found["ray_gem_job_embedded_total"] <= found["ray_gem_job_rows_total"] <= 4000
+    assert 0 < found["ray_gem_job_embedded_total"] <= found["ray_gem_job_rows_total"] <= rows
     assert found["ray_gem_job_tokens_total"] > found["ray_gem_job_rows_total"]

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from gem_vllm.errors import GemError
+from gem_vllm.training import peers
 from gem_vllm.training.model_card import option_words
 from gem_vllm.training.options import TrainOptions
 from gem_vllm.training.run import train
@@ -191,8 +192,11 @@ def test_a_sharded_run_goes_on_in_one_process(options: TrainOptions, tmp_path: P
         torch.testing.assert_close(weights(options)[name], value, atol=1e-5, rtol=1e-2)
 
 
-def test_a_batch_that_cannot_be_shared_is_refused(options: TrainOptions) -> None:
-    done = launch(dataclasses.replace(options, batch_size=9))
-    assert done.returncode != 0
-    assert "--batch-size 9 does not go into equal parts for 2 processes" in done.stderr
+def test_a_batch_that_cannot_be_shared_is_refused(
+    options: TrainOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peers, "count", lambda: 2)
+    says = "--batch-size 9 does not go into equal parts for 2 processes"
+    with pytest.raises(GemError, match=says):
+        train(dataclasses.replace(options, batch_size=9), progress=False)
     assert not options.out.exists()
