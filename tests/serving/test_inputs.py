@@ -177,6 +177,12 @@ def test_bad_json_lines_are_rows_with_problems(tmp_path: Path) -> None:
         texts([chunk])[7].decode()
 
 
+def test_a_blank_line_of_text_is_a_row(tmp_path: Path) -> None:
+    """An empty one, which is reported: its number is the line's."""
+    (tmp_path / "in.txt").write_text("one\n\nthree\n")
+    assert texts(read_all(tmp_path / "in.txt", ["text"])) == [b"one", b"", b"three"]
+
+
 def test_a_value_of_another_type_is_the_rows_problem(tmp_path: Path) -> None:
     path = tmp_path / "n.jsonl"
     rows = [{"text": "a", "n": 1}] * SAMPLED_ROWS + [{"text": "b", "n": "one"}]
