@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from vllm.platforms import current_platform
+from vllm.utils.math_utils import cdiv
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends import registry
@@ -147,6 +148,7 @@ def in_segments(
     request_end = np.zeros(metadata.num_reqs, dtype=np.int64)
     np.maximum.at(request_end, segments.request_index, segments.end)
     shorter = request_end[segments.request_index] - segments.end + segments.start
+    max_seq_len = int((segments.end - segments.start).max())
     query_start_loc = np.zeros(len(segments.num_rows) + 1, dtype=np.int32)
     np.cumsum(segments.num_rows, out=query_start_loc[1:])
     return replace(
@@ -157,17 +159,21 @@ def in_segments(
         - async_tensor_h2d(shorter.astype(np.int32), device),
         num_reqs=len(segments.start),
         max_query_len=int(segments.num_rows.max()),
-        max_seq_len=int((segments.end - segments.start).max()),
+        max_seq_len=max_seq_len,
         block_table_tensor=block_tables_from(
             metadata.block_table_tensor,
             request_index,
             async_tensor_h2d(segments.start // block_size, device),
+            cdiv(max_seq_len, block_size),
         ),
     )
 
 
 def block_tables_from(
-    block_table: torch.Tensor, request_index: torch.Tensor, first_block: torch.Tensor
+    block_table: torch.Tensor,
+    request_index: torch.Tensor,
+    first_block: torch.Tensor,
+    num_blocks: int,
 ) -> torch.Tensor:
     """Block tables that start later, one for each of n sequences.
 
@@ -175,10 +181,10 @@ def block_tables_from(
         block_table: int32 [requests, blocks].
         request_index: int64 [n], on the same device: the request that each sequence is of.
         first_block: int64 [n], on the same device: where each starts, within its request.
+        num_blocks: of the longest of them.
 
     Returns:
-        int32 [n, blocks]; behind a request's last block there is anything.
+        int32 [n, num_blocks]; behind a sequence's last block there is anything.
     """
-    device, width = block_table.device, block_table.shape[1]
-    columns = first_block[:, None] + torch.arange(width, device=device)
-    return block_table[request_index].gather(1, columns.clamp(max=width - 1))
+    columns = first_block[:, None] + torch.arange(num_blocks, device=block_table.device)
+    return block_table[request_index[:, None], columns.clamp(max=block_table.shape[1] - 1)]

@@ -202,7 +202,9 @@ class GemBatch:
             Embeddings(
                 [plan.finished[index] for index in indices],
                 pool_special_tokens(
-                    states if len(alike) == 1 else states[indices],
+                    states
+                    if len(alike) == 1
+                    else states.index_select(0, async_tensor_h2d(np.array(indices), self.device)),
                     self.gem_config,
                     dimensions=dimensions,
                     use_activation=use_activation,

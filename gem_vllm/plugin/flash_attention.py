@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm.utils.math_utils import cdiv
 from vllm.utils.torch_utils import async_tensor_h2d, canonicalize_singleton_dim_strides
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends import flash_attn
@@ -58,15 +59,17 @@ class SpecialRows:
         device = block_table.device
         chosen = step.needs_mask.nonzero()[0]
         seen_from, text_lens = step.seen_from[chosen], (step.seen_to - step.seen_from)[chosen]
+        max_text_len = int(text_lens.max())
         return SpecialRows(
             rows=async_tensor_h2d(step.rows_np[chosen], device),
             block_table=block_tables_from(
                 block_table,
                 async_tensor_h2d(step.request_index[chosen], device),
                 async_tensor_h2d(seen_from // block_size, device),
+                cdiv(max_text_len, block_size),
             ),
             text_lens=async_tensor_h2d(text_lens.astype(np.int32), device),
-            max_text_len=int(text_lens.max()),
+            max_text_len=max_text_len,
             query_start_loc=torch.arange(len(chosen) + 1, dtype=torch.int32, device=device),
         )
 
@@ -114,10 +117,23 @@ class GemFlashAttentionMetadataBuilder(MaskedMetadataBuilder, FlashAttentionMeta
     """Plans the second call for steps with special tokens that need it."""
 
     metadata_class = GemFlashAttentionMetadata
+    aot_sliding_window: tuple[int, int] | None  # of vLLM's builder
     # Whole steps are captured of decoding only; others are parted into sequences, or call twice.
     _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
     # Another layer group's tables cannot be put into segments and special rows.
     supports_update_block_table = False
+
+    def build(self, *args: Any, **kwargs: Any) -> Any:
+        """The mixin's.
+
+        The first plan ahead finds out whether all layers have one window. A step that goes without
+        such a plan takes the place of none.
+        """
+        is_planned, step = self.aot_sliding_window is not None, gem_step.current()
+        metadata = super().build(*args, **kwargs)
+        if not is_planned and step is not None and step.segments is not None:
+            self.aot_sliding_window = None
+        return metadata
 
     def plan_special_rows(self, step: gem_step.GemStep, block_table: torch.Tensor) -> SpecialRows:
         return SpecialRows.of_step(step, block_table, self.block_size)

@@ -27,7 +27,12 @@ from vllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
 )
 from vllm.model_executor.models.utils import is_pp_missing_parameter
-from vllm.utils.torch_utils import direct_register_custom_op
+from vllm.utils.torch_utils import (
+    LayerNameType,
+    _encode_layer_name,
+    _resolve_layer_name,
+    direct_register_custom_op,
+)
 
 from gem_vllm.adapter import read_lora
 from gem_vllm.errors import GemConfigError
@@ -74,11 +79,12 @@ class SpecialLoRA:
         output.index_add_(0, step.rows, special)
 
 
-def _special_lora(output: torch.Tensor, x: torch.Tensor, name: str) -> None:
-    get_forward_context().no_compile_layers[name].add_to(output, x)
+# A name of vLLM's own type is no constant of a graph: graphs of layers alike are compiled once.
+def _special_lora(output: torch.Tensor, x: torch.Tensor, name: LayerNameType) -> None:
+    get_forward_context().no_compile_layers[_resolve_layer_name(name)].add_to(output, x)
 
 
-def _special_lora_fake(output: torch.Tensor, x: torch.Tensor, name: str) -> None:
+def _special_lora_fake(output: torch.Tensor, x: torch.Tensor, name: LayerNameType) -> None:
     return None
 
 
@@ -114,7 +120,7 @@ class SpecialLoRALinearMethod(LinearMethodBase):
         output = self.base.apply(layer, x, bias)
         if torch.compiler.is_compiling():
             # A graph is traced once, and must not look into the step.
-            torch.ops.vllm.gem_special_lora(output, x, self.name)
+            torch.ops.vllm.gem_special_lora(output, x, _encode_layer_name(self.name))
         else:
             self.lora.add_to(output, x)
         return output

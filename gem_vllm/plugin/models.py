@@ -60,7 +60,10 @@ class GemCausalLM(_Base):
             self.gem_config.special_token_ids, device=self._vllm_config.device_config.device
         )
         self.register_buffer("gem_special_ids", special_ids, persistent=False)
-        if self._vllm_config.lora_config is None and get_pp_group().is_last_rank:
+        # vLLM 0.31's pass for sequence parallelism looks for that MLP's all-reduce in the graph.
+        parted = getattr(self._vllm_config.compilation_config.pass_config, "enable_sp", False)
+        plain = self._vllm_config.lora_config is None and not parted
+        if plain and get_pp_group().is_last_rank:
             # An ordinary LoRA knows its layers by name, and its rows by those of the whole step.
             # As a plain attribute: it is a submodule elsewhere, and where `nn.Module` would keep it
             # the class's own None goes before.

@@ -9,12 +9,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from vllm.distributed import get_pp_group
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from gem_vllm.plugin import step as gem_step
 from gem_vllm.plugin.batch import Embeddings
+from gem_vllm.plugin.embeddings_output import EmbeddingsOutput
 from gem_vllm.plugin.runner_mixin import GemRunner
 
 if TYPE_CHECKING:
@@ -51,7 +53,7 @@ class GemModelRunner(GemRunner, _Runner):
         batch, num_reqs = self.input_batch, len(num_scheduled_tokens)
         drafts = scheduler_output.scheduled_spec_decode_tokens
         plan = self.gem_batch.begin(
-            self.model,
+            self.get_model(),  # not what wraps it for CUDA graphs
             batch.req_ids[:num_reqs],
             batch.num_computed_tokens_cpu[:num_reqs],
             num_scheduled_tokens,
@@ -95,11 +97,13 @@ class GemModelRunner(GemRunner, _Runner):
                 # its slots are counted from there.
                 self.positions[: len(shift)] += shift
         output = super().sample_tokens(grammar_output)
-        if embeddings:
-            result = output
-            if isinstance(output, AsyncModelRunnerOutput):
-                result = output._model_runner_output
-            assert isinstance(result, ModelRunnerOutput)
-            on_cpu = [replace(part, values=part.values.cpu()) for part in embeddings]
-            result.pooler_output = Embeddings.in_order(on_cpu, result.req_ids)
+        if not embeddings:
+            return output
+        if isinstance(output, AsyncModelRunnerOutput):
+            return EmbeddingsOutput(
+                output, embeddings, torch.cuda.current_stream(), self.async_output_copy_stream
+            )
+        assert isinstance(output, ModelRunnerOutput)
+        on_cpu = [replace(part, values=part.values.cpu()) for part in embeddings]
+        output.pooler_output = Embeddings.in_order(on_cpu, output.req_ids)
         return output

@@ -86,4 +86,4 @@ class GemRunner(_Runner):
         try:
             return with_room(super().execute_model, *args, **kwargs)
         finally:
-            self.gem_batch.end_forward(self.model)
+            self.gem_batch.end_forward(self.get_model())

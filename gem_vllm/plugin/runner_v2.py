@@ -6,8 +6,6 @@ and embeddings are copied to the CPU beside the sampled tokens, while the next s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,15 +13,13 @@ from torch import nn
 from vllm.config.compilation import CUDAGraphMode
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
-from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
-from vllm.v1.worker.gpu.async_utils import stream
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, ModelCudaGraphManager
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from gem_vllm.plugin import step as gem_step
-from gem_vllm.plugin.batch import Embeddings
+from gem_vllm.plugin.embeddings_output import EmbeddingsOutput
 from gem_vllm.plugin.runner_mixin import GemRunner
 
 
@@ -79,7 +75,11 @@ class GemModelRunnerV2(GemRunner, GPUModelRunner):
             ),
             loras=self.lora_config is not None,
         )
-        return state, uniform_token_count if plan.step is None else None
+        if plan.step is None:
+            return state, uniform_token_count
+        # A drafting head, which attends as the target does, chooses its graphs by itself: a full
+        # one would read what attention has planned for another step.
+        return state._replace(decode_graph_eligible=False), None
 
     def prepare_attn(self, input_batch: InputBatch) -> Any:
         """vLLM's; positions count up as if there were no padding, slots count it."""
@@ -177,41 +177,3 @@ class GemCudaGraphManager(ModelCudaGraphManager):
             max_query_len=max_query_len,
             **kwargs,
         )
-
-
-class EmbeddingsOutput(AsyncModelRunnerOutput):
-    """A step's output with embeddings, which are copied to the CPU while other steps run.
-
-    Args:
-        output: vLLM's, of the same step.
-        embeddings: on the device.
-        main_stream: where they are computed.
-        copy_stream: where they are copied.
-    """
-
-    def __init__(
-        self,
-        output: AsyncModelRunnerOutput,
-        embeddings: Sequence[Embeddings],
-        main_stream: torch.cuda.Stream,
-        copy_stream: torch.cuda.Stream,
-    ) -> None:
-        self.output = output
-        # Kept until they are copied: their memory is the main stream's.
-        self.embeddings = embeddings
-        # Sleeps while it waits, as vLLM's own.
-        self.copied = torch.cuda.Event(blocking=True)
-        with stream(copy_stream, main_stream):
-            copy_stream.wait_stream(main_stream)
-            self.on_cpu = [
-                replace(part, values=part.values.to("cpu", non_blocking=True))
-                for part in embeddings
-            ]
-            self.copied.record(copy_stream)
-
-    def get_output(self) -> ModelRunnerOutput:
-        """vLLM's output, when it is on the CPU, with the embeddings."""
-        result = self.output.get_output()
-        self.copied.synchronize()
-        result.pooler_output = Embeddings.in_order(self.on_cpu, result.req_ids)
-        return result

@@ -14,7 +14,6 @@ import torch
 from prometheus_client import REGISTRY
 from vllm import PoolingParams
 from vllm.config import ParallelConfig, PoolerConfig, VllmConfig
-from vllm.config.compilation import CUDAGraphMode
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.platforms import current_platform
@@ -24,7 +23,6 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.engine import FinishReason
 from vllm.v1.metrics.stats import FinishedRequestStats, IterationStats, SchedulerStats
 from vllm.v1.request import Request
-from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 
 from gem_vllm.config import GemConfig
 from gem_vllm.errors import GemError
@@ -40,7 +38,7 @@ from gem_vllm.plugin.metrics import (
 from gem_vllm.plugin.pooler import pool_special_tokens
 from gem_vllm.plugin.runner import GemModelRunner
 from gem_vllm.plugin.runner_mixin import GemRunner
-from gem_vllm.plugin.runner_v2 import GemCudaGraphManager, GemModelRunnerV2
+from gem_vllm.plugin.runner_v2 import GemModelRunnerV2
 from gem_vllm.plugin.scheduler import append_special_tokens
 from gem_vllm.plugin.validation import check_prompt
 from tests.imports import imported
@@ -235,69 +233,6 @@ def test_a_runner_that_lacks_what_is_overridden_is_refused(mixin: Any, method: s
     runner = type("MovedRunner", (), dict.fromkeys(names - {"__dict__", "__weakref__"}))()
     with pytest.raises(GemError, match=f"MovedRunner has no {method}"):
         mixin.enable(runner, GemConfig(SPECIAL, pooling="mean", base_model="b"))
-
-
-class GraphChoice:
-    """In the place of vLLM's V1 runner: what it is asked to choose a CUDA graph by."""
-
-    def _determine_batch_execution_and_padding(self, **asked: Any) -> dict[str, Any]:
-        return asked
-
-
-class GemGraphChoice(GemModelRunner, GraphChoice):
-    pass
-
-
-# Steps of two tokens, each of a sequence that has more before it.
-PLAIN = [7] * 9, 9, 1
-SPECIAL_TOKEN = [*[7] * 9, *SPECIAL], 11, 1
-BEHIND_A_RUN = [7, *SPECIAL, *[7] * 9], 12, 1
-
-
-@pytest.mark.parametrize(
-    ("second", "expected"),
-    [
-        (PLAIN, {}),
-        (SPECIAL_TOKEN, {"force_eager": True, "force_uniform_decode": False}),
-        (BEHIND_A_RUN, {"force_eager": False, "force_uniform_decode": False}),
-    ],
-)
-def test_cuda_graphs_are_of_steps_like_those_they_were_captured_in(
-    second: tuple[list[int], int, int], expected: dict[str, Any]
-) -> None:
-    gem_step.publish(step_of(set(), ([7] * 40, 40, 1), second))
-    try:
-        asked = object.__new__(GemGraphChoice)._determine_batch_execution_and_padding(num_tokens=2)
-    finally:
-        gem_step.publish(None)
-    assert asked == {"num_tokens": 2, **expected}
-
-
-@pytest.mark.parametrize(
-    ("second", "expected"),
-    [
-        (PLAIN, CUDAGraphMode.FULL),
-        (SPECIAL_TOKEN, CUDAGraphMode.NONE),
-        (BEHIND_A_RUN, CUDAGraphMode.PIECEWISE),
-    ],
-)
-@pytest.mark.parametrize("limits", [{"uniform_token_count": 1}, {"max_query_len": 1}])
-def test_cuda_graphs_of_the_v2_runner(
-    limits: dict[str, int], second: tuple[list[int], int, int], expected: CUDAGraphMode
-) -> None:
-    """`limits`: of the full graph, which is of decoding in both."""
-    manager = object.__new__(GemCudaGraphManager)
-    manager._graphs_captured = True
-    full = BatchExecutionDescriptor(CUDAGraphMode.FULL, num_tokens=4, num_reqs=4, **limits)
-    piecewise = BatchExecutionDescriptor(CUDAGraphMode.PIECEWISE, num_tokens=8, num_reqs=None)
-    manager._candidates = {(2, 0): [full, piecewise]}
-    gem_step.publish(step_of(set(), ([7] * 40, 40, 1), second))
-    try:
-        chosen = manager.dispatch(2, 2, 1, num_active_loras=0, max_query_len=1)
-    finally:
-        gem_step.publish(None)
-    assert chosen.cg_mode == expected
-    assert chosen.num_tokens == {"FULL": 4, "PIECEWISE": 8, "NONE": 2}[expected.name]
 
 
 def test_a_trace_to_follow_has_no_special_tokens() -> None:
