@@ -20,9 +20,9 @@ import ray
 from gem_vllm.compat import installed_vllm
 from gem_vllm.errors import GemError
 from gem_vllm.folders import content_sha256
-from gem_vllm.machine import check_engine_options
+from gem_vllm.machine import check_engine_options, is_cpu_build
 from gem_vllm.serving.columnar import Extent
-from gem_vllm.serving.errors import JobError
+from gem_vllm.serving.errors import JobError, ReplicaDied
 from gem_vllm.serving.inputs import InputFile, column_types, count_rows, list_files, would_read
 from gem_vllm.serving.manifest import DONE, SUMMARY, OutputFolder
 from gem_vllm.serving.options import EmbedOptions, ReplicaOptions
@@ -33,6 +33,7 @@ from gem_vllm.serving.replica import Replica, shard_rows
 SHARDS_PER_REPLICA = 16
 SHARD_ROWS = (512, 20_000)
 FOOTER_READERS = 16
+COUNTING_TASKS = 32
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -89,25 +90,37 @@ def run_embed_job(
     with ray_cluster(replicas), output.open_plan(bound, new_plan) as plan:
         output.remove_scraps()
         done = output.finished()
-        rows_before = sum(counts["rows"] for counts in done.values())
+        before = {key: sum(counts[key] for counts in done.values()) for key in ("rows", "tokens")}
+        rows_before = before["rows"]
         pending = [shard for shard in plan.shards if shard.index not in done]
         now = {"rows": 0, "tokens": 0}
         # Who is at work is among these; who has died is soon not.
         latest: deque[str] = deque(maxlen=2 * CALLS_IN_FLIGHT * replicas.max_replicas)
-        for counts in _write(pending, plan, options, replicas, types) if pending else ():
-            latest.append(counts["replica"])
-            for key in now:
-                now[key] += int(counts[key])
-            report(
-                {
-                    "rows": plan.rows,
-                    "rows_done": rows_before + now["rows"],
-                    "rows_now": now["rows"],
-                    "tokens_now": now["tokens"],
-                    "seconds": time.monotonic() - start,
-                    "replicas": len(set(latest)),
-                }
-            )
+        while pending:
+            try:
+                for counts in _write(pending, plan, options, replicas, types):
+                    latest.append(counts["replica"])
+                    for key in now:
+                        now[key] += int(counts[key])
+                    report(
+                        {
+                            "rows": plan.rows,
+                            "rows_done": rows_before + now["rows"],
+                            "rows_now": now["rows"],
+                            "tokens_now": now["tokens"],
+                            "seconds": time.monotonic() - start,
+                            "replicas": len(set(latest)),
+                        }
+                    )
+                pending = []
+            except ReplicaDied:
+                # In a long job on nodes that come and go some replica is lost too often in the end.
+                left, done = pending, output.finished()
+                pending = [shard for shard in left if shard.index not in done]
+                if len(pending) == len(left):
+                    raise
+                for key in now:
+                    now[key] = sum(counts[key] for counts in done.values()) - before[key]
         output.remove_scraps()
         _check_unchanged(plan, options)
         summary = _summary(output, plan, options)
@@ -117,10 +130,17 @@ def run_embed_job(
 
 
 def _count(files: list[InputFile]) -> list[Extent]:
-    """Rows of each file, by tasks of the cluster."""
-    count = ray.remote(count_rows)
+    """Rows of each file, by a few tasks of the cluster, which gets no nodes for the many files."""
+
+    def count(some: list[InputFile]) -> list[Extent]:
+        with ThreadPoolExecutor(FOOTER_READERS) as threads:
+            return list(threads.map(count_rows, some))
+
+    size = -(-len(files) // COUNTING_TASKS)
+    task = ray.remote(count)
     try:
-        return ray.get([count.remote(file) for file in files])
+        found = ray.get([task.remote(files[i : i + size]) for i in range(0, len(files), size)])
+        return [extent for extents in found for extent in extents]
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, GemError):
             # Without the traceback, which is in the text of Ray's own.
@@ -143,7 +163,12 @@ def _write(
         replicas,
         most_actors=len(pending),
         batch_size=1,
-        arguments={"options": options, "bound": plan.bound, "types": types},
+        arguments={
+            "options": options,
+            "bound": plan.bound,
+            "types": types,
+            "cpu_build": is_cpu_build(),
+        },
     )
     try:
         for counts in finished.iter_rows():
@@ -151,7 +176,7 @@ def _write(
                 raise JobError(counts["failure"])
             yield counts
     except ray.exceptions.ActorDiedError as error:
-        raise JobError(
+        raise ReplicaDied(
             f"a replica died again and again, for lack of memory perhaps: {_last_line(error)}"
         ) from error
     except ray.exceptions.RayError as error:

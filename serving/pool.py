@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,7 @@ CALLS_IN_FLIGHT = 2
 # bound of their own: they fail with the actor. (One would be used up in a second by a node that is
 # gone, in the time until Ray knows that it is.)
 RESTARTS, CALL_RETRIES = 3, -1
+_RESOURCES = ("CPU", "GPU")
 
 
 @contextmanager
@@ -46,6 +48,8 @@ def ray_cluster(replicas: ReplicaOptions) -> Iterator[None]:
     try:
         if address == "local":
             check_room(replicas)
+        else:
+            tell_what_is_waited_for(replicas)
         yield
     finally:
         ray.shutdown()
@@ -55,13 +59,27 @@ def check_room(replicas: ReplicaOptions) -> None:
     """GemError where this machine is too small: Ray would wait for another one for ever."""
     (cpus, gpus), _, _ = engine_needs(replicas)
     resources = ray.cluster_resources()
-    for name, each in (("CPU", cpus), ("GPU", gpus)):
+    for name, each in zip(_RESOURCES, (cpus, gpus), strict=True):
         there, needed = resources.get(name, 0), replicas.min_replicas * each
         if needed > there:
             raise GemError(
                 f"--min-replicas {replicas.min_replicas} takes {needed:g} {name}s, {each:g} for "
                 f"each; this machine has {there:g}"
             )
+
+
+def tell_what_is_waited_for(replicas: ReplicaOptions) -> None:
+    """Say so where no node of a cluster could hold a replica: one that can may join, or never."""
+    (cpus, gpus), _, _ = engine_needs(replicas)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    fits = (node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes)
+    if not any(fits):
+        most = {name: max((node.get(name, 0) for node in nodes), default=0) for name in _RESOURCES}
+        print(
+            f"no node of the cluster has the {cpus:g} CPUs and {gpus:g} GPUs of a replica now (the "
+            f"most are {most['CPU']:g} and {most['GPU']:g}); waiting for one to join",
+            file=sys.stderr,
+        )
 
 
 @contextmanager
@@ -96,6 +114,8 @@ def map_in_pool(
     # A call is done when its rows are written, which may take an hour where texts and answers are
     # long: Ray's own bound on a time without an output, half an hour, would end the job.
     rows.context.execution_no_progress_timeout_s = -1
+    # A node on which actors cannot start is not the end where others can.
+    rows.context.max_consecutive_actor_init_deaths = RESTARTS
     # One more actor as soon as all have as many calls as they are given: Ray's own threshold is
     # meant for calls that queue at an actor, which would bind shards to it that others could do.
     rows.context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
@@ -154,6 +174,7 @@ def engine_needs(
 
 
 def _share_of_cpus(replicas: int) -> int:
-    """Of all nodes' CPUs, what each of so many replicas gets: no more than some node has."""
+    """Of the nodes' CPUs, the most that so many replicas can have each; 1 where they cannot."""
     nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-    return max(1, min(sum(nodes) // replicas, max(nodes, default=1)))
+    shares = range(max(nodes, default=1), 1, -1)
+    return next((cpus for cpus in shares if sum(n // cpus for n in nodes) >= replicas), 1)

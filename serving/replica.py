@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
+from gem_vllm.machine import is_cpu_build
 from gem_vllm.serving.columnar import Chunk
 from gem_vllm.serving.engine import Answer, EngineThread, in_order
 from gem_vllm.serving.errors import JobError
@@ -56,6 +57,7 @@ class Replica:
         engine: options of vLLM's engine.
         bound: what the job is bound to, for the files' metadata.
         types: the input's columns, by name.
+        cpu_build: whether the driver's vLLM, by which replicas are placed, is the CPU build.
     """
 
     def __init__(
@@ -64,14 +66,14 @@ class Replica:
         engine: dict[str, Any],
         bound: dict[str, Any],
         types: dict[str, pa.DataType],
+        cpu_build: bool,
     ) -> None:
         self._options, self._types = options, types
         self._engine_options = engine
         self._engine: EngineThread | None = None
         self._starting = threading.Lock()
         self._output = OutputFolder(options.output)
-        self._size = options.vector_size()
-        self._schema = self._make_schema(bound)
+        self._bound, self._cpu_build = bound, cpu_build
         self._name = ray.get_runtime_context().get_actor_id()
         self._metrics = JobMetrics(options.output)
 
@@ -118,21 +120,32 @@ class Replica:
         return done
 
     def _start_engine(self) -> None:
-        """With the first shard: an actor whose constructor fails is made again, for ever."""
+        """With the first shard: why a constructor fails is not told to the driver."""
         o = self._options
         with self._starting:
             if self._engine is None:
-                self._check_output()
+                self._check_node()
+                self._size = o.vector_size()
+                self._schema = self._make_schema(self._bound)
                 self._engine = EngineThread(
                     o.model, self._engine_options, o.dimensions, o.max_tokens
                 )
 
-    def _check_output(self) -> None:
-        """JobError where this node has a folder of its own by the output's name."""
+    def _check_node(self) -> None:
+        """JobError where this node has not what the driver's has."""
+        node = f"node {ray.util.get_node_ip_address()}"
         if self._output.read_json(PLAN) is None:
             raise JobError(
-                f"node {ray.util.get_node_ip_address()} does not see what is in "
-                f"{self._output.url}; give an --output that all nodes share"
+                f"{node} does not see what is in {self._output.url}; give an --output that all "
+                "nodes share"
+            )
+        if not (self._options.model / "config.json").is_file():
+            raise JobError(f"{node} has no {self._options.model}; give a --model that all have")
+        if is_cpu_build() != self._cpu_build:
+            here, there = ("CPU", "CUDA") if is_cpu_build() else ("CUDA", "CPU")
+            raise JobError(
+                f"{node} has the {here} build of vLLM, and where the job was begun is the {there} "
+                "build, by which replicas are placed; begin it where the build is the nodes'"
             )
 
     def _check_count(self, shard: Shard, file: InputFile, counts: _Counts) -> None:

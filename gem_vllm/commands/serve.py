@@ -17,7 +17,12 @@ from gem_vllm.errors import GemError
 
 def serve(
     model: Annotated[Path, typer.Argument(help="A GEM checkpoint; the same folder on every node.")],
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    host: Annotated[
+        str | None,
+        typer.Option(
+            help="Address to listen on.", show_default="127.0.0.1; with --print-config 0.0.0.0"
+        ),
+    ] = None,
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
     served_model_name: Annotated[
         str | None, typer.Option(help="Name that requests give.", show_default="the folder's")
@@ -92,7 +97,8 @@ def serve(
             import yaml
 
             options.check()
-            typer.echo(yaml.safe_dump(options.serve_config(host, port), sort_keys=False), nl=False)
+            config = options.serve_config(host or "0.0.0.0", port)
+            typer.echo(yaml.safe_dump(config, sort_keys=False), nl=False)
             return
         from gem_vllm.serving.endpoint.operate import run_endpoint
 
@@ -100,7 +106,7 @@ def serve(
             print(line, file=sys.stderr, flush=True)
 
         with exit_codes("stopped"):
-            run_endpoint(options, host, port, ray_address, report)
+            run_endpoint(options, host or "127.0.0.1", port, ray_address, report)
 
 
 def _bytes_of(max_body_mb: float) -> int:

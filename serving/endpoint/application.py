@@ -16,7 +16,6 @@ from gem_vllm.serving.pool import engine_needs
 
 # Above what a request may take: a replica that is to stop answers what it has taken.
 STOP_MARGIN_S = 30.0
-START_TRIES = 2
 ROUTED_AT_ONCE = 1000
 
 
@@ -98,7 +97,9 @@ def _llm_config(options: EndpointOptions) -> Any:
         placement_group_config={
             "bundles": [{"CPU": cpus, "GPU": 1}, *[{"GPU": 1}] * (int(gpus) - 1)]
             if gpus
-            else [{"CPU": cpus}]
+            else [{"CPU": cpus}],
+            # A replica's GPUs are of one node, unless it is a pipeline.
+            "strategy": "PACK" if engine.get("pipeline_parallel_size", 1) > 1 else "STRICT_PACK",
         },
         runtime_env={"env_vars": environment},
         deployment_config={
@@ -114,7 +115,6 @@ def _llm_config(options: EndpointOptions) -> Any:
             "max_ongoing_requests": most,
             "max_queued_requests": most,
             "backpressure_config": {"status_code": 429, "retry_after_s": RETRY_AFTER_S},
-            "max_constructor_retry_count": START_TRIES,
             "graceful_shutdown_timeout_s": options.request_timeout_s + STOP_MARGIN_S,
         },
     )

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
+import ray
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve._private.constants import RAY_SERVE_ENABLE_HA_PROXY
@@ -55,6 +56,7 @@ def run_endpoint(
     stop = _Stop()
     with stop.on_signals(), _quiet_logs(), ray_cluster(options.replicas(ray_address)):
         if ray_address is not None:
+            _check_host(host)
             _check_serve(host, port)
         if options.max_replicas > 1 and not RAY_SERVE_ENABLE_HA_PROXY:
             report(
@@ -81,6 +83,16 @@ def _check_port(host: str, port: int) -> None:
             pass
     except (OSError, OverflowError) as error:
         raise GemError(f"--host {host} --port {port} cannot be used: {error}") from error
+
+
+def _check_host(host: str) -> None:
+    """GemError where proxies and replicas of a cluster would listen to their own nodes alone."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if len(nodes) > 1 and (host == "localhost" or host.startswith("127.") or host == "::1"):
+        raise GemError(
+            f"--host {host} is each node's own, and the cluster has {len(nodes)}; give --host "
+            "0.0.0.0, and keep others out by --api-keys or the network"
+        )
 
 
 def _check_serve(host: str, port: int) -> None:

@@ -15,12 +15,15 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray.exceptions import RayActorError, RayError
 
 # Not from `ray.serve.llm.request_router`, which would have every router import vLLM and torch.
 from ray.llm._internal.serve.routing_policies.prefix_aware.prefix_aware_router import (
     PrefixCacheAffinityRouter,
 )
+from ray.llm._internal.serve.routing_policies.prefix_aware.prefix_tree import PrefixTreeActor
+from ray.serve._private.constants import SERVE_NAMESPACE
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +32,8 @@ IMBALANCE = 8
 # For so long a replica's number of requests is what it said, and what it was chosen for since.
 LOAD_SECONDS = 0.1
 ANSWER_SECONDS = 5.0
+# As Ray's router names it.
+TREE_NAME = "LlmPrefixTreeActor"
 
 
 class PrefixRouting(PrefixCacheAffinityRouter):
@@ -51,7 +56,7 @@ class PrefixRouting(PrefixCacheAffinityRouter):
         self._chosen_since: Counter[Any] = Counter()
         self._asked_at = -math.inf
         self._asking: dict[Any, asyncio.Task[None]] = {}
-        super().initialize_state(**options)
+        self._plant()
 
     async def choose_replicas(
         self, candidate_replicas: list[Any], pending_request: Any = None
@@ -136,9 +141,28 @@ class PrefixRouting(PrefixCacheAffinityRouter):
         except RayActorError:
             self._plant_again()
 
+    def _plant(self) -> None:
+        """Find the tree, or make it: beside Serve's controller.
+
+        Ray's router, which finds it then, would make it on any node with a free CPU, which for it
+        would never be idle, nor be drained.
+        """
+        if "tree_actor" not in self._options:
+            PrefixTreeActor.options(
+                name=TREE_NAME,
+                namespace="::".join(
+                    (SERVE_NAMESPACE, self._deployment_id.app_name, self._deployment_id.name)
+                ),
+                get_if_exists=True,
+                lifetime="detached",
+                num_cpus=0,
+                resources={HEAD_NODE_RESOURCE_NAME: 0.001},
+            ).remote()
+        super().initialize_state(**self._options)
+
     def _plant_again(self) -> None:
         """A new tree, in the place of one that was lost with its node."""
-        super().initialize_state(**self._options)
+        self._plant()
         names = [replica.replica_id.to_full_id_str() for replica in self._replicas.values()]
         self._tree_actor.add_tenants.remote(names, time.time())
         self._tree_actor.start_eviction_loop.remote(

@@ -89,7 +89,9 @@ def test_the_config_is_printed_for_serve_deploy(
 ) -> None:
     code, out, err = run("serve", model, "--max-replicas", 4, "--print-config")
     assert (code, err) == (0, "")
-    (application,) = yaml.safe_load(out)["applications"]
+    config = yaml.safe_load(out)
+    assert config["http_options"]["host"] == "0.0.0.0"  # for every node's proxy and replicas
+    (application,) = config["applications"]
     assert application["args"]["model"] == str(model)
     assert application["args"]["max_replicas"] == 4
 

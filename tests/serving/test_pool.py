@@ -23,10 +23,13 @@ def test_without_an_address_ray_is_the_jobs_own(
     monkeypatch.setattr(ray, "shutdown", lambda: None)
     checked: list[ReplicaOptions] = []
     monkeypatch.setattr(pool, "check_room", checked.append)
+    told: list[ReplicaOptions] = []
+    monkeypatch.setattr(pool, "tell_what_is_waited_for", told.append)
     with pool.ray_cluster(ReplicaOptions(ray_address=given)):
         pass
     assert [call["address"] for call in calls] == [asked]
     assert len(checked) == (asked == "local")  # to a cluster nodes may come
+    assert len(told) == (asked != "local")
 
 
 @pytest.mark.parametrize(
@@ -45,19 +48,44 @@ def test_replicas_that_this_machine_cannot_hold_are_refused(
         pool.check_room(ReplicaOptions(min_replicas=3, max_replicas=3))
 
 
+def test_what_no_node_of_a_cluster_has_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nodes = [{"CPU": 8.0, "GPU": 2.0}, {"CPU": 1.0, "GPU": 8.0}]
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": n} for n in nodes])
+    for gpus, says in ((8, ""), (16, "no node of the cluster has the 1 CPUs and 16 GPUs")):
+        monkeypatch.setattr(pool, "engine_needs", lambda _, gpus=gpus: ((1, gpus), {}, {}))
+        pool.tell_what_is_waited_for(ReplicaOptions())
+        told = capsys.readouterr().err
+        assert told.startswith(says)
+        assert bool(told) == bool(says)
+    assert "the most are 8 and 8); waiting for one to join" in told
+
+
 def test_a_call_may_take_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray Data ends what has given nothing for half an hour, unless it is told not to."""
     monkeypatch.setattr(pool, "engine_needs", lambda _: ((1, 0), {}, {}))
     rows = MagicMock()
     pool.map_in_pool(rows, object, ReplicaOptions(), most_actors=None, batch_size=1, arguments={})
     assert rows.context.execution_no_progress_timeout_s == -1
-    assert hasattr(ray.data.DataContext, "execution_no_progress_timeout_s")
+    assert rows.context.max_consecutive_actor_init_deaths > 0
+    for name in ("execution_no_progress_timeout_s", "max_consecutive_actor_init_deaths"):
+        assert hasattr(ray.data.DataContext, name)
 
 
 @pytest.mark.parametrize(
-    ("nodes", "replicas", "cpus"), [([4, 2], 1, 4), ([4, 4], 4, 2), ([1, 1], 4, 1), ([0], 1, 1)]
+    ("nodes", "replicas", "cpus"),
+    [
+        ([4, 2], 1, 4),
+        ([4, 4], 4, 2),
+        ([1, 1], 4, 1),
+        ([0], 1, 1),
+        ([8, 8], 3, 4),
+        ([0, 8, 8, 8, 8], 5, 4),
+        ([6, 4], 2, 4),
+    ],
 )
-def test_an_engine_gets_no_more_cpus_than_a_node_has(
+def test_as_many_engines_fit_on_the_nodes_as_there_are_to_be(
     nodes: list[int], replicas: int, cpus: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alive = [{"Alive": True, "Resources": {"CPU": float(count)}} for count in nodes]

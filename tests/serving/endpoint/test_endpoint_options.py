@@ -89,6 +89,22 @@ def test_a_replica_has_no_keys_of_its_own(model: Path, monkeypatch: pytest.Monke
     assert config.runtime_env["env_vars"] == {"VLLM_API_KEY": ""}
 
 
+@pytest.mark.parametrize(
+    ("engine", "strategy"), [({}, "STRICT_PACK"), ({"pipeline_parallel_size": 2}, "PACK")]
+)
+def test_the_gpus_of_a_replica_are_of_one_node(
+    engine: dict[str, Any], strategy: str, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    needs = ((1.0, 4.0), environment, dict(engine))
+    monkeypatch.setattr(application, "engine_needs", lambda _: needs)
+    config = application._llm_config(EndpointOptions(model))
+    assert config.placement_group_config == {
+        "bundles": [{"CPU": 1.0, "GPU": 1}, *[{"GPU": 1}] * 3],
+        "strategy": strategy,
+    }
+
+
 def test_a_failed_start_is_told_in_one_line() -> None:
     told = "Deploying failed\nTraceback\nRuntimeError: Failed: 1 validation error\n"
     value = "  Value error, Speculative decoding is not supported. [type=value_error, input]\n"

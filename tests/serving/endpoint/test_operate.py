@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 from ray import serve
 from ray.exceptions import ActorDiedError, RayError
 from ray.serve._private.common import DeploymentID
@@ -36,12 +37,14 @@ class Cluster:
         applications: that it has, by name.
         error: that starting one more ends with; None lets it start.
         deleted: names of applications.
+        nodes: how many are alive.
     """
 
     def __init__(self) -> None:
         self.applications: dict[str, Any] = {}
         self.error: Exception | None = None
         self.deleted: list[str] = []
+        self.nodes = 1
 
     def start(self, **_: Any) -> None:
         if self.error is not None:
@@ -63,6 +66,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     monkeypatch.setattr(operate, "ray_cluster", no_ray)
     monkeypatch.setattr(operate, "_get_global_client", lambda **_: client)
     monkeypatch.setattr(operate, "build", lambda _: None)
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True}] * cluster.nodes)
     monkeypatch.setattr(serve, "start", cluster.start)
     monkeypatch.setattr(serve, "run", lambda *_, **__: None)
     monkeypatch.setattr(serve, "status", cluster.status)
@@ -77,6 +81,15 @@ def run(options: EndpointOptions, ray_address: str | None, port: int = PORT) -> 
 def test_an_application_of_somebody_else_stays(model: Path, cluster: Cluster) -> None:
     cluster.applications[APP_NAME] = SimpleNamespace(deployments={})
     with pytest.raises(GemError, match="has an application 'gem' already"):
+        run(EndpointOptions(model), "auto")
+    assert cluster.deleted == []
+
+
+def test_each_nodes_own_address_is_refused_where_there_are_several(
+    model: Path, cluster: Cluster
+) -> None:
+    cluster.nodes = 2
+    with pytest.raises(GemError, match=r"--host 127\.0\.0\.1 is each node's own, .* has 2; give"):
         run(EndpointOptions(model), "auto")
     assert cluster.deleted == []
 
