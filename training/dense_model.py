@@ -99,7 +99,10 @@ class DenseModel(GemTrainingModel):
         return packing.unpack(hidden, token_ids.shape[1])
 
     def _flex(self, token_ids: torch.Tensor) -> bool:
-        return token_ids.is_cuda and self.base.config._attn_implementation != "eager"
+        # FlexAttention has no dropout.
+        dropout = self.training and getattr(self.config, "attention_dropout", 0.0)
+        eager = self.base.config._attn_implementation == "eager"
+        return token_ids.is_cuda and not eager and not dropout
 
     def _decode(self, token_ids: torch.Tensor, positions: torch.Tensor, masks: Any) -> torch.Tensor:
         output = self.base.get_decoder()(

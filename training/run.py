@@ -79,8 +79,9 @@ def train(
             _start_run(options, resume=resume)
         state.wait_for_everyone()
         start = next(reversed(whole_checkpoints(options.run_folder)), None)
-        if start is not None:
-            trainer.train_dataset.start_step = int(start.name.rpartition("-")[2])
+        step = 0 if start is None else int(start.name.rpartition("-")[2])
+        _check_same_step(step, options, trainer.args.device)
+        trainer.train_dataset.start_step = step
         trainer.train(resume_from_checkpoint=None if start is None else str(start))
         trained = trainer.trained_state()
         if state.is_main_process:
@@ -231,7 +232,8 @@ def compute_dtype(name: str) -> torch.dtype:
     if name != "auto":
         return torch.float32 if name == "float32" else torch.bfloat16
     if torch.cuda.is_available():
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        has_units = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_units else torch.float32
     has_units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if has_units else torch.float32
 
@@ -311,6 +313,15 @@ def _start_run(options: TrainOptions, *, resume: bool) -> None:
     if resume:
         where = f"step {whole[-1].name.rpartition('-')[2]}" if whole else "the start"
         print(f"{run}: continuing from {where}", file=sys.stderr)
+
+
+def _check_same_step(step: int, options: TrainOptions, device: torch.device) -> None:
+    """GemError in a process that does not see the checkpoint that another goes on from."""
+    if peers.count() > 1 and (newest := peers.largest(step, device)) != step:
+        raise GemError(
+            f"process {peers.rank()} finds no checkpoint of step {newest} in "
+            f"{options.run_folder}; all processes have to share that folder"
+        )
 
 
 def _is_finished(options: TrainOptions) -> bool:

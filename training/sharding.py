@@ -42,11 +42,20 @@ def shard_base(model: GemTrainingModel, options: TrainOptions, device: torch.dev
     model.in_step = True
     mesh = init_device_mesh(device.type, (peers.count(),))
     full = options.mode == "full"
-    read = dict(model.named_parameters()) if peers.rank() == 0 else {}
+    # Not the parameters themselves, which `fully_shard` moves to the device and cuts there.
+    read = {name: weight.detach() for name, weight in model.named_parameters()}
+    if peers.rank() > 0:
+        read = {}
     for layer in model.base.get_decoder().layers:
         _allocate(layer, device)
         trained = {weight for weight in layer.parameters() if weight.requires_grad}
-        fully_shard(layer, mesh=mesh, ignored_params=set() if full else trained)
+        # Where the model itself is not sharded each layer is a root, which would stay whole.
+        fully_shard(
+            layer,
+            mesh=mesh,
+            reshard_after_forward=True,
+            ignored_params=set() if full else trained,
+        )
     _allocate(model, device)
     if full:
         # Embeddings, head (they may be one) and norm, as a group: none is called by itself.

@@ -127,7 +127,9 @@ class GemTrainer(Trainer):
         assert self.held_out is not None
         started = time.perf_counter()
         # One process's figure for all: whether to stop must not differ by a rounding.
-        mine = torch.tensor(self.held_out.spearman(self.model), device=self.args.device)
+        with self.accelerator.autocast():
+            found = self.held_out.spearman(self.model)
+        mine = torch.tensor(found, device=self.args.device)
         metrics = {SPEARMAN: float(peers.total(mine if peers.rank() == 0 else 0.0 * mine))}
         self._window_start += time.perf_counter() - started
         self.log(metrics)

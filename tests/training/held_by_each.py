@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
@@ -29,6 +30,9 @@ def main() -> None:
         if peers.rank() > 0:
             patch.delattr(AutoModelForCausalLM, "from_pretrained")
         trainer, _, _ = make_trainer(options, progress=False)
+    # A pass gathers a layer's weights, and lets them go.
+    with torch.no_grad():
+        trainer.model.embed(torch.tensor([[5, 6, 7]]), torch.tensor([3]))
     if mode == "full":
         weights = list(trainer.model.parameters())
     else:

@@ -19,7 +19,7 @@ from gem_vllm.errors import GemError
 from gem_vllm.reference import ReferenceEmbedder
 from gem_vllm.training.losses import MAX_LOG_TEMPERATURE
 from gem_vllm.training.options import TrainOptions
-from gem_vllm.training.run import join_processes, train, training_arguments
+from gem_vllm.training.run import compute_dtype, join_processes, train, training_arguments
 from gem_vllm.training.trainer import WHOLE, whole_checkpoints
 from gem_vllm.weights import EMBEDDING
 from tests.training.conftest import failing_at, losses, train_until
@@ -121,6 +121,20 @@ def test_result_is_a_checkpoint_of_its_mode(options: TrainOptions, mode: Any) ->
     else:
         assert not same
     assert not list(options.run_folder.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("units", [True, False])
+def test_bfloat16_only_where_a_gpu_computes_it(
+    units: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Older ones emulate it, and say that they support it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda,
+        "is_bf16_supported",
+        lambda including_emulation=True: including_emulation or units,
+    )
+    assert compute_dtype("auto") == (torch.bfloat16 if units else torch.float32)
 
 
 @pytest.mark.parametrize("mode", ["adapter", "full", "lora"])
