@@ -1,6 +1,6 @@
 """What words alone tell: mteb's BM25, and the cosine of weighted words, on the tasks of a folder.
 
-    python benchmarks/bm25.py --tasks DIR [--out benchmarks/results]
+    python benchmarks/bm25.py --tasks DIR [--out runs/benchmarks]
 
 BM25 retrieves and reranks; the cosine is of pairs of sentences. Writes ``bm25.json`` and
 ``bm25.md``. Tasks are read as ``gem-vllm evaluate --local`` reads them, so the figures stand beside

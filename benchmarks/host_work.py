@@ -1,6 +1,6 @@
 """What an engine does on the host for a request: a GEM engine beside plain vLLM.
 
-    python benchmarks/host_work.py --tokenizer DIR [--rounds 10] [--out benchmarks/results]
+    python benchmarks/host_work.py --tokenizer DIR [--rounds 10] [--out runs/benchmarks]
 
 A fast GPU waits for the host where requests are short: for the Python that takes a request in,
 schedules it and gives its result out. A model of next to nothing leaves that alone, on any machine;

@@ -1,7 +1,7 @@
 """How long chat waits: behind a text that was just embedded, and beside many that are.
 
     python benchmarks/latency.py --checkpoint DIR --base DIR [--rounds 3] [--caps TOKENS ...]
-        [--out benchmarks/results]
+        [--out runs/benchmarks]
 
 Two tables, of medians over rounds in which what is compared takes turns. **Ask**: 2,000 tokens are
 embedded, then a question is asked about them, and its first token is waited for: with one GEM

@@ -104,7 +104,7 @@ def check_plain_lora(config: dict[str, Any]) -> None:
         "bias": ("none", None),
         "lora_dropout": (0, None),
         # Others (PiSSA, OLoRA, CorDA) take away from the base's weights what the LoRA begins with.
-        "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva", None),
+        "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva", "mica", None),
     }
     for option in (
         "rank_pattern",

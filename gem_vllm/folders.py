@@ -125,8 +125,9 @@ def written_whole(folder: Path, *, weight_bytes: int = 0) -> Iterator[Path]:
         GemError: as `check_writable`, which comes first, or the disk is full in the end.
     """
     check_writable(folder, weight_bytes=weight_bytes)
+    folder = Path(os.path.realpath(folder))
     try:
-        with _renamed_when_done(Path(os.path.realpath(folder))) as new:
+        with _renamed_when_done(folder) as new:
             yield new
     except Exception as error:
         if is_no_room(error):

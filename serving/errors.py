@@ -7,10 +7,6 @@ class JobError(Exception):
     """The job could not go on; what is finished stays. The command line exits with code 1."""
 
 
-class ReplicaDied(JobError):
-    """A replica died again and again, or with its node; others may go on with what is left."""
-
-
 def told_by_validation(lines: Sequence[str]) -> str | None:
     """Of what pydantic says of vLLM's options, the message in it; None in other accounts."""
     prefix = "Value error, "

@@ -22,7 +22,7 @@ from gem_vllm.errors import GemError
 from gem_vllm.folders import content_sha256
 from gem_vllm.machine import check_engine_options, is_cpu_build
 from gem_vllm.serving.columnar import Extent
-from gem_vllm.serving.errors import JobError, ReplicaDied
+from gem_vllm.serving.errors import JobError
 from gem_vllm.serving.inputs import InputFile, column_types, count_rows, list_files, would_read
 from gem_vllm.serving.manifest import DONE, SUMMARY, OutputFolder
 from gem_vllm.serving.options import EmbedOptions, ReplicaOptions
@@ -90,37 +90,25 @@ def run_embed_job(
     with ray_cluster(replicas), output.open_plan(bound, new_plan) as plan:
         output.remove_scraps()
         done = output.finished()
-        before = {key: sum(counts[key] for counts in done.values()) for key in ("rows", "tokens")}
-        rows_before = before["rows"]
+        rows_before = sum(counts["rows"] for counts in done.values())
         pending = [shard for shard in plan.shards if shard.index not in done]
         now = {"rows": 0, "tokens": 0}
         # Who is at work is among these; who has died is soon not.
         latest: deque[str] = deque(maxlen=2 * CALLS_IN_FLIGHT * replicas.max_replicas)
-        while pending:
-            try:
-                for counts in _write(pending, plan, options, replicas, types):
-                    latest.append(counts["replica"])
-                    for key in now:
-                        now[key] += int(counts[key])
-                    report(
-                        {
-                            "rows": plan.rows,
-                            "rows_done": rows_before + now["rows"],
-                            "rows_now": now["rows"],
-                            "tokens_now": now["tokens"],
-                            "seconds": time.monotonic() - start,
-                            "replicas": len(set(latest)),
-                        }
-                    )
-                pending = []
-            except ReplicaDied:
-                # In a long job on nodes that come and go some replica is lost too often in the end.
-                left, done = pending, output.finished()
-                pending = [shard for shard in left if shard.index not in done]
-                if len(pending) == len(left):
-                    raise
-                for key in now:
-                    now[key] = sum(counts[key] for counts in done.values()) - before[key]
+        for counts in _write(pending, plan, options, replicas, types) if pending else ():
+            latest.append(counts["replica"])
+            for key in now:
+                now[key] += int(counts[key])
+            report(
+                {
+                    "rows": plan.rows,
+                    "rows_done": rows_before + now["rows"],
+                    "rows_now": now["rows"],
+                    "tokens_now": now["tokens"],
+                    "seconds": time.monotonic() - start,
+                    "replicas": len(set(latest)),
+                }
+            )
         output.remove_scraps()
         _check_unchanged(plan, options)
         summary = _summary(output, plan, options)
@@ -176,8 +164,9 @@ def _write(
                 raise JobError(counts["failure"])
             yield counts
     except ray.exceptions.ActorDiedError as error:
-        raise ReplicaDied(
-            f"a replica died again and again, for lack of memory perhaps: {_last_line(error)}"
+        raise JobError(
+            "a replica died again and again, for lack of memory or with its nodes; run the same "
+            f"command again to go on: {_last_line(error)}"
         ) from error
     except ray.exceptions.RayError as error:
         raise JobError(_last_line(error)) from error

@@ -69,7 +69,12 @@ def check_room(replicas: ReplicaOptions) -> None:
 
 
 def tell_what_is_waited_for(replicas: ReplicaOptions) -> None:
-    """Say so where no node of a cluster could hold a replica: one that can may join, or never."""
+    """Say so where no node of a cluster could hold a replica: one that can may join, or never.
+
+    Not of pipelines, which an endpoint may spread over nodes.
+    """
+    if replicas.engine.get("pipeline_parallel_size", 1) > 1:
+        return
     (cpus, gpus), _, _ = engine_needs(replicas)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     fits = (node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes)

@@ -88,7 +88,14 @@ def train(
             _save(trainer, trained, tokenizer, gem_config)
             write_model_card(options.out, options, trainer.state.log_history, commit)
             write_json(options.run_folder / FINISHED_FILE, {"steps": trainer.state.global_step})
-    except (GemError, OSError, RuntimeError, SafetensorError) as error:
+    except GemError as error:
+        if is_no_room(error):  # for the result
+            raise GemError(
+                f"{error}. The last checkpoint in {options.run_folder} is whole: continue with "
+                "--resume"
+            ) from error
+        raise
+    except (OSError, RuntimeError, SafetensorError) as error:
         if _is_disk_full(error, options.run_folder):
             raise GemError(
                 f"the disk of {options.run_folder} is full; the last checkpoint there is whole: "
@@ -343,6 +350,4 @@ def join_processes() -> PartialState:
 
 def _is_disk_full(error: BaseException, folder: Path) -> bool:
     """Whether writing failed for want of space; what torch raises then does not say so."""
-    return is_no_room(error) or (
-        not isinstance(error, GemError) and shutil.disk_usage(folder).free < 1 << 20
-    )
+    return is_no_room(error) or shutil.disk_usage(folder).free < 1 << 20

@@ -56,7 +56,8 @@ def run_endpoint(
     stop = _Stop()
     with stop.on_signals(), _quiet_logs(), ray_cluster(options.replicas(ray_address)):
         if ray_address is not None:
-            _check_host(host)
+            if RAY_SERVE_ENABLE_HA_PROXY:  # which asks replicas by their nodes' addresses
+                _check_host(host)
             _check_serve(host, port)
         if options.max_replicas > 1 and not RAY_SERVE_ENABLE_HA_PROXY:
             report(

@@ -14,12 +14,10 @@ import pytest
 import ray
 
 from gem_vllm.errors import GemError
-from gem_vllm.serving import job
-from gem_vllm.serving.errors import JobError, ReplicaDied
+from gem_vllm.serving.errors import JobError
 from gem_vllm.serving.job import run_embed_job
-from gem_vllm.serving.manifest import DONE, OutputFolder
+from gem_vllm.serving.manifest import DONE
 from gem_vllm.serving.options import EmbedOptions, ReplicaOptions
-from gem_vllm.serving.plan import Plan, Shard
 from gem_vllm.serving.processor import EmbedProcessorConfig, build_embed_processor
 from tests.serving.jobs import (
     ENGINE,
@@ -144,45 +142,6 @@ def test_an_engine_that_cannot_start_ends_the_job_with_its_reason(
     replicas = ReplicaOptions(engine={**ENGINE, **refused})
     with pytest.raises(JobError, match="gem_tokens_beside_chat in --additional-config is 0"):
         run_embed_job(options, replicas)
-
-
-@pytest.mark.usefixtures("cluster")
-@pytest.mark.parametrize("shards_a_life", [2, 0])
-def test_replicas_that_die_are_followed_by_others_as_long_as_there_is_progress(
-    shards_a_life: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As on nodes that come and go; without an engine."""
-    lives: list[int] = []
-
-    def write(pending: list[Shard], plan: Plan, options: EmbedOptions, *_: Any) -> Any:
-        lives.append(len(pending))
-        for shard in pending[:shards_a_life]:
-            counts = {"rows": 50, "embedded": 50, "reported": 0, "tokens": 100}
-            OutputFolder(options.output).write_json(f"{DONE}/{shard.name}.json", counts)
-            table = pa.table({"id": range(shard.start, shard.stop)})
-            pq.write_table(table, Path(options.output) / f"part-{shard.name}.parquet")
-            if shard is pending[0]:  # what became of the other is lost with the replica
-                yield {**counts, "replica": "a"}
-        if len(pending) > shards_a_life:
-            raise ReplicaDied("a replica died again and again")
-
-    monkeypatch.setattr(job, "_write", write)
-    reports: list[dict[str, Any]] = []
-    options = EmbedOptions(
-        model=model,
-        input=str(jsonl(tmp_path / "in.jsonl", 250)),
-        output=str(tmp_path / "out"),
-        rows_per_shard=50,
-    )
-    if not shards_a_life:
-        with pytest.raises(JobError, match="a replica died again and again"):
-            run_embed_job(options, REPLICAS, reports.append)
-        assert lives == [5]
-        return
-    summary = run_embed_job(options, REPLICAS, reports.append)
-    assert lives == [5, 3, 1]
-    assert [report["rows_done"] for report in reports] == [50, 150, 250]
-    assert (summary["rows_embedded"], summary["this_run"]["rows"]) == (250, 250)
 
 
 @pytest.mark.usefixtures("cluster")

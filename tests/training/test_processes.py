@@ -203,11 +203,8 @@ def test_a_process_without_the_others_checkpoint_ends(
         _check_same_step(0, options, torch.device("cpu"))
 
 
-def test_a_batch_that_cannot_be_shared_is_refused(
-    options: TrainOptions, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(peers, "count", lambda: 2)
-    says = "--batch-size 9 does not go into equal parts for 2 processes"
-    with pytest.raises(GemError, match=says):
-        train(dataclasses.replace(options, batch_size=9), progress=False)
+def test_a_batch_that_cannot_be_shared_is_refused(options: TrainOptions) -> None:
+    done = launch(dataclasses.replace(options, batch_size=9))
+    assert done.returncode != 0
+    assert "--batch-size 9 does not go into equal parts for 2 processes" in done.stderr
     assert not options.out.exists()

@@ -8,6 +8,7 @@ import re
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -201,6 +202,19 @@ def test_full_disk_is_said_and_survived(options: TrainOptions) -> None:
     with full, pytest.raises(GemError, match=r"disk of .* is full; .* --resume"):
         train(options, progress=False)
     train(options, resume=True, progress=False)
+    assert len(losses(options)["loss_cl"]) == options.steps
+
+
+def test_a_full_disk_at_the_end_is_said_and_survived(
+    options: TrainOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        no_room = Mock(side_effect=OSError(28, "No space left on device"))
+        patch.setattr("gem_vllm.adapter.save_file", no_room)
+        with pytest.raises(GemError, match=r"has no room left for .* continue with --resume"):
+            train(options, progress=False)
+    train(options, resume=True, progress=False)
+    assert options.out.is_dir()
     assert len(losses(options)["loss_cl"]) == options.steps
 
 

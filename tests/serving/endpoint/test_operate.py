@@ -86,9 +86,15 @@ def test_an_application_of_somebody_else_stays(model: Path, cluster: Cluster) ->
 
 
 def test_each_nodes_own_address_is_refused_where_there_are_several(
-    model: Path, cluster: Cluster
+    model: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cluster.nodes = 2
+    monkeypatch.setattr(operate, "WATCH_SECONDS", 0.0)
+    monkeypatch.setattr(operate, "RAY_SERVE_ENABLE_HA_PROXY", False)
+    with pytest.raises(JobError, match="deleted by somebody else"):  # it was begun
+        run(EndpointOptions(model), "auto")
+    cluster.deleted.clear()
+    monkeypatch.setattr(operate, "RAY_SERVE_ENABLE_HA_PROXY", True)
     with pytest.raises(GemError, match=r"--host 127\.0\.0\.1 is each node's own, .* has 2; give"):
         run(EndpointOptions(model), "auto")
     assert cluster.deleted == []
