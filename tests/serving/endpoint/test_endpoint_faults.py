@@ -243,7 +243,8 @@ def test_an_update_to_another_checkpoint_is_seen_by_no_client(
         )
 
     def root() -> str:
-        answer = httpx.get(f"http://{host}:{port}/v1/models", timeout=30)
+        # Of one replica, until the next has started: as long as is waited for that.
+        answer = httpx.get(f"http://{host}:{port}/v1/models", timeout=240)
         return answer.json()["data"][0]["root"] if answer.status_code == 200 else ""
 
     def settled(checkpoint: Path) -> bool:
