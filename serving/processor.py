@@ -106,6 +106,5 @@ class RowEmbedder:
             raise BadRow(f"{texts[i]!r:.80}: {reason}")
 
         answers = in_order(self._engine.embed(texts), bad)
-        found = (answer.vector for answer in answers if answer is not None)
-        vectors = [vector for vector in found if vector is not None]
+        vectors: list[Any] = [answer.vector for answer in answers if answer is not None]
         return {**batch, config.output_column: np.stack(vectors)}

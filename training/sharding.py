@@ -43,9 +43,8 @@ def shard_base(model: GemTrainingModel, options: TrainOptions, device: torch.dev
     mesh = init_device_mesh(device.type, (peers.count(),))
     full = options.mode == "full"
     # Not the parameters themselves, which `fully_shard` moves to the device and cuts there.
-    read = {name: weight.detach() for name, weight in model.named_parameters()}
-    if peers.rank() > 0:
-        read = {}
+    mine = model.named_parameters() if peers.rank() == 0 else ()
+    read = {name: weight.detach() for name, weight in mine}
     for layer in model.base.get_decoder().layers:
         _allocate(layer, device)
         trained = {weight for weight in layer.parameters() if weight.requires_grad}
