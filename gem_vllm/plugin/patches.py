@@ -161,17 +161,39 @@ def _patch_embedding_inputs() -> None:
 
 
 def _patch_reserved_token_ids() -> None:
+    from vllm import PoolingParams
     from vllm.v1.engine.input_processor import InputProcessor
 
-    from gem_vllm.plugin.validation import check_request, is_from_text
+    from gem_vllm.plugin.validation import (
+        check_request,
+        is_from_text,
+        is_rendered,
+        refuse_empty_text,
+    )
 
     original = InputProcessor.process_inputs
-    _expect_parameters(original, "reserved-token-ids", "request_id", "prompt", "params")
+    _expect_parameters(
+        original, "reserved-token-ids", "request_id", "prompt", "params", "tokenization_kwargs"
+    )
+    signature = inspect.signature(original)
+
+    def cut_at_the_end(*args: Any, **kwargs: Any) -> inspect.BoundArguments:
+        """What a text that no renderer has seen is embedded with, as `embedding-inputs` has it."""
+        bound = signature.bind(*args, **kwargs)
+        if isinstance(bound.arguments["params"], PoolingParams):
+            refuse_empty_text(bound.arguments["prompt"])
+            given = bound.arguments.get("tokenization_kwargs") or {}
+            bound.arguments["tokenization_kwargs"] = {"truncation_side": "right", **given}
+        return bound
 
     @functools.wraps(original)
     def process_inputs(self: Any, request_id: str, prompt: Any, *args: Any, **kwargs: Any) -> Any:
-        request = original(self, request_id, prompt, *args, **kwargs)
         gem_config = _remembered(self)
+        if gem_config is not None and not is_rendered(prompt):
+            bound = cut_at_the_end(self, request_id, prompt, *args, **kwargs)
+            request = original(*bound.args, **bound.kwargs)
+        else:
+            request = original(self, request_id, prompt, *args, **kwargs)
         if gem_config is not None:
             check_request(
                 request,
@@ -193,7 +215,7 @@ def _patch_prompts_of_requests() -> None:
     from vllm.renderers.online_renderer import OnlineRenderer
 
     from gem_vllm.plugin.compress import compress_prompt
-    from gem_vllm.plugin.request_options import asked_for
+    from gem_vllm.plugin.request_options import asked_for, refuse_options_of
     from gem_vllm.plugin.validation import check_prompt, is_from_text, refuse_echo
 
     def check(renderer: Any, request: Any, engine_inputs: Any) -> None:
@@ -230,8 +252,12 @@ def _patch_prompts_of_requests() -> None:
         return engine_inputs
 
     @functools.wraps(chat)
-    async def preprocess_chat(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        conversation, engine_inputs = await chat(self, request, *args, **kwargs)
+    async def preprocess_chat(
+        self: Any, request: Any, messages: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        conversation, engine_inputs = await chat(self, request, messages, *args, **kwargs)
+        if not conversation:
+            refuse_options_of(messages)
         check(self, request, engine_inputs)
         return conversation, engine_inputs
 
@@ -297,6 +323,68 @@ def _patch_interval_of_embeddings() -> None:
         return state
 
     RequestState.from_new_request = from_new_request
+
+
+def _patch_aborted_embeddings() -> None:
+    from vllm.v1.engine import FinishReason, output_processor
+    from vllm.v1.engine.output_processor import OutputProcessor, RequestState
+
+    process, make = OutputProcessor.process_outputs, RequestState.make_request_output
+    _expect_parameters(process, "aborted-embeddings", "engine_core_outputs")
+    _expect_parameters(make, "aborted-embeddings", "pooling_output", "finish_reason")
+    nothing = output_processor.EMPTY_CPU_TENSOR
+    error = None
+    if "error" in inspect.signature(make).parameters:  # vLLM 0.31 knows none.
+        from vllm.outputs import RequestError
+
+        error = RequestError(
+            code="aborted", message="The embedding was aborted. Send it again.", retryable=True
+        )
+    without_result = (FinishReason.ABORT, FinishReason.ERROR)
+
+    @functools.wraps(process)
+    def process_outputs(self: Any, engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        for output in engine_core_outputs:
+            if output.finish_reason in without_result and output.pooling_output is None:
+                state = self.request_states.get(output.request_id)
+                if state is not None and state.detokenizer is None:
+                    output.pooling_output = nothing
+        return process(self, engine_core_outputs, *args, **kwargs)
+
+    @functools.wraps(make)
+    def make_request_output(
+        self: Any,
+        new_token_ids: Any,
+        pooling_output: Any,
+        finish_reason: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if error is not None and pooling_output is nothing and finish_reason in without_result:
+            kwargs["error"] = kwargs.get("error") or error
+        return make(self, new_token_ids, pooling_output, finish_reason, *args, **kwargs)
+
+    OutputProcessor.process_outputs = process_outputs
+    RequestState.make_request_output = make_request_output
+
+
+def _patch_texts_to_judge() -> None:
+    from vllm.entrypoints.generate.generative_scoring.serving import ServingGenerativeScoring
+
+    from gem_vllm.plugin.validation import refuse_spelled
+
+    original = ServingGenerativeScoring._build_prompts
+    _expect_parameters(original, "texts-to-judge", "request", "tokenizer")
+
+    @functools.wraps(original)
+    async def _build_prompts(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        gem_config = _remembered(self)
+        if gem_config is not None:
+            for part in (request.query, *request.items):
+                refuse_spelled(part, gem_config)
+        return await original(self, request, *args, **kwargs)
+
+    ServingGenerativeScoring._build_prompts = _build_prompts
 
 
 def _patch_rows_without_lora() -> None:
@@ -445,6 +533,25 @@ LEDGER = (
         "in the loop that hands out answers: all requests fail, and the server ends.",
         needless_when="RequestState.make_request_output has an interval for generated tokens only.",
         apply=_patch_interval_of_embeddings,
+    ),
+    Patch(
+        name="aborted-embeddings",
+        target="vllm.v1.engine.output_processor.OutputProcessor.process_outputs and RequestState"
+        ".make_request_output",
+        why="An engine that is paused or put to sleep aborts what it works on; an aborted "
+        "embedding fails an assertion in the loop that hands out answers: all requests fail, and "
+        "the server ends. One that is aborted by its id is answered with an empty vector and 200.",
+        needless_when="the engine's abort of a pooling request has an error with it.",
+        apply=_patch_aborted_embeddings,
+    ),
+    Patch(
+        name="texts-to-judge",
+        target="vllm.entrypoints.generate.generative_scoring.serving.ServingGenerativeScoring"
+        "._build_prompts",
+        why="/generative_scoring tokenizes its texts itself and hands on token ids: special tokens "
+        "that are spelled in a text would hide from the model what is before them.",
+        needless_when="its prompts are rendered by the renderer.",
+        apply=_patch_texts_to_judge,
     ),
     Patch(
         name="rows-without-lora",

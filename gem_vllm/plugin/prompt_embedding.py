@@ -104,7 +104,7 @@ async def _embed(
         priority=priority,
     )
     async for output in outputs:
-        if output.finished:
+        if output.finished and output.outputs.data.numel():  # An aborted one has none.
             return output.outputs.data.tolist()
     raise RuntimeError("the engine ended an embedding request without a result")
 

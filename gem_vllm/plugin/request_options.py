@@ -41,3 +41,16 @@ def asked_for(holder: Mapping[str, Any], model_config: Any, *allowed: str) -> fr
             "Serve a GEM checkpoint."
         )
     return wanted
+
+
+def refuse_options_of(messages: Any) -> None:
+    """Refuse options of messages that are not read: the prompt's token ids came with the request.
+
+    Raises:
+        VLLMValidationError: answered with 400 over HTTP.
+    """
+    if any(isinstance(message, Mapping) and message.get(OPTION) for message in messages):
+        raise VLLMValidationError(
+            f'"{OPTION}" in a message is not for a request that brings its prompt\'s token ids, in '
+            "kv_transfer_params. Leave either out."
+        )

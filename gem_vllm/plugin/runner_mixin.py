@@ -64,6 +64,26 @@ class GemRunner(_Runner):
             draft = getattr(drafter.model, "unwrap", lambda: drafter.model)()
             Drafter.enable(draft, self.vllm_config)
 
+    def reload_weights(
+        self, weights_iterator: Any = None, weights_path: str | None = None, **kwargs: Any
+    ) -> None:
+        """vLLM's; an adapter, and what the checkpoint says of its embeddings, stay as they are.
+
+        Raises:
+            ValueError: the checkpoint in ``weights_path`` has others.
+        """
+        if weights_path is not None:
+            here, there = self.gem_batch.gem_config, GemConfig.from_pretrained(weights_path)
+            if "adapter" in (here.train_mode, there.train_mode) or any(
+                getattr(here, name) != getattr(there, name)
+                for name in ("special_token_ids", "pooling", "instruction_ids")
+            ):
+                raise ValueError(
+                    f"{weights_path} has a GEM adapter, or special tokens, of its own; start an "
+                    "engine with it"
+                )
+        super().reload_weights(weights_iterator, weights_path, **kwargs)
+
     def get_supported_tasks(self) -> tuple[Any, ...]:
         """vLLM's tasks for the model, and `embed`."""
         return (*super().get_supported_tasks(), "embed")

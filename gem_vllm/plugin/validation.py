@@ -21,6 +21,10 @@ def bounded(tok_params: TokenizeParams, limit: int) -> TokenizeParams:
         tok_params: of a request.
         limit: the most tokens that a text may have.
     """
+    if tok_params.pad_prompt_tokens is not None:
+        raise VLLMValidationError(
+            '"padding" is not for texts to embed: the padding would be read as text. Leave it out.'
+        )
     most, cut = tok_params.max_total_tokens, tok_params.truncate_prompt_tokens
     return replace(
         tok_params,
@@ -37,12 +41,24 @@ def refuse_empty_text(prompt: Any) -> None:
         raise VLLMValidationError("The input is empty. Send at least one character to embed.")
 
 
+def refuse_spelled(text: Any, gem_config: GemConfig) -> None:
+    """Refuse a text that spells a special token; anything else than a text is let pass."""
+    for name in map(special_token, range(gem_config.k)):
+        if isinstance(text, str) and name in text:
+            raise VLLMValidationError(f"A text spells the reserved GEM token {name}. Take it out.")
+
+
 def refuse_echo(engine_input: Any, gem_config: GemConfig) -> None:
     """Refuse to give back a prompt's text where special tokens, which have none, are in it."""
     if not set(gem_config.special_token_ids).isdisjoint(engine_input.get("prompt_token_ids") or ()):
         raise VLLMValidationError(
             '"echo" is not for a prompt with GEM special tokens. Leave it out.'
         )
+
+
+def is_rendered(prompt: Any) -> bool:
+    """Whether a prompt comes from a renderer, as it does by every way but the engine's own."""
+    return isinstance(prompt, Mapping) and "type" in prompt
 
 
 def is_from_text(prompt: Any) -> bool:

@@ -23,7 +23,7 @@ from tests.plugin.conftest import (
     running_engine,
     step_counts,
 )
-from tests.tiny import FAMILIES
+from tests.tiny import FAMILIES, WINDOWED
 
 LIMIT = 256
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
@@ -34,17 +34,23 @@ def lengths(k: int) -> list[int]:
     return [1, 2, 17, 32, 127 - k, 128 - k, 130 - k, 127, 128, 129, LIMIT - k - 2, LIMIT - k - 1]
 
 
-@pytest.mark.parametrize("k", [1, 4, 10])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "k"), [*((family, k) for family in FAMILIES for k in (1, 4, 10)), (WINDOWED, 4)]
+)
 def test_float32_alone_and_mixed(family: str, k: int, tiny_checkpoint: Callable[..., Path]) -> None:
     folder = tiny_checkpoint(family, k=k)
     prompts = random_prompts(lengths(k))
     expected = ReferenceEmbedder(folder).embed(prompts)
     with running_engine(folder, max_model_len=LIMIT) as llm:
         assert cosines(embed(llm, prompts), expected).min() >= 0.9999
+        embedded = step_counts(llm)
+        assert embedded.keys() == {"embed"}
 
         questions = random_prompts([5, 40, 130], seed=1)
         alone = run_together(llm, named("chat", questions, GREEDY))
+        generated = step_counts(llm)
+        assert generated.keys() == {"embed", "generate"}
+        assert generated["embed"] == embedded["embed"]
         outputs = run_together(
             llm,
             named("chat", questions, GREEDY) | named("text", prompts, EMBED),
@@ -93,6 +99,21 @@ def test_without_adapter(train_mode: str, tiny_checkpoint: Callable[..., Path]) 
         assert cosines(embed(llm, prompts), ReferenceEmbedder(folder).embed(prompts)).min() > 0.9999
 
 
+def test_an_adapter_on_some_layers(tiny_checkpoint: Callable[..., Path]) -> None:
+    """Of q, k and v one, of gate and up one: each a part of a layer that vLLM packs; no down."""
+    folder = tiny_checkpoint("llama", k=4, target_modules=("v_proj", "o_proj", "up_proj"))
+    prompts = random_prompts([3, 60])
+    with running_engine(folder, max_model_len=LIMIT) as llm:
+        names = llm.llm_engine.vllm_config.additional_config["gem_lora"]
+        found = embed(llm, prompts)
+    assert set(names) == {
+        f"model.layers.{layer}.{linear}.gem_lora"
+        for layer in range(2)
+        for linear in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj")
+    }
+    assert cosines(found, ReferenceEmbedder(folder).embed(prompts)).min() >= 0.9999
+
+
 def rows_of_the_last_mlp(llm: LLM) -> list[int]:
     """A list that gets the number of rows of every step that the last layer's MLP computes."""
     model = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.get_model()
@@ -134,6 +155,8 @@ def test_weights_are_loaded_again(tiny_checkpoint: Callable[..., Path]) -> None:
     prompts = random_prompts([7, 90])
     with running_engine(folder, max_model_len=LIMIT) as llm:
         llm.collective_rpc("reload_weights")
+        with pytest.raises(ValueError, match="start an engine with it"):
+            llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
         found = embed(llm, prompts)
     assert cosines(found, ReferenceEmbedder(folder).embed(prompts)).min() >= 0.9999
 

@@ -29,6 +29,7 @@ from tests.plugin.conftest import (
     running_engine,
 )
 from tests.plugin.mixed_load import MixedLoad, with_runs
+from tests.tiny import WINDOWED
 
 
 @pytest.fixture
@@ -100,7 +101,7 @@ def test_what_it_cannot_do_is_refused_at_start(
 
 
 # A base with attention over all, one with sliding windows, one with both kinds of layers.
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", WINDOWED, "gemma3"])
 @pytest.mark.parametrize("k", [1, 4])
 @pytest.mark.usefixtures("on_flash_attention")
 def test_embeddings_and_generation_behind_runs(

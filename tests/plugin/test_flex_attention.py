@@ -20,6 +20,7 @@ from gem_vllm.plugin.step import GemStep
 from tests.plugin import flex_attention as in_torch
 from tests.plugin.conftest import attending_by, random_prompts, running_engine
 from tests.plugin.mixed_load import MixedLoad, with_runs
+from tests.tiny import WINDOWED
 
 SPECIAL = (900, 901, 902)
 
@@ -58,7 +59,7 @@ def test_what_rows_see(parts: list[int], window: int | None, begin: int) -> None
     assert torch.equal(found, expected[begin:])
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", WINDOWED, "gemma3"])
 @pytest.mark.usefixtures("on_flex_attention")
 def test_embeddings_and_generation_behind_runs(
     family: str, tiny_checkpoint: Callable[..., Path]

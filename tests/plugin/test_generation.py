@@ -146,6 +146,20 @@ def test_empty_text_is_refused(llm: LLM) -> None:
             call()
 
 
+def test_a_text_that_the_engine_renders_itself(llm: LLM) -> None:
+    """As `AsyncLLM.encode` and `LLMEngine.add_request` still take it: as `LLM.embed` does."""
+    text, engine = "an old stone bridge " * 50, llm.llm_engine
+    engine.add_request("raw", text, EMBED, tokenization_kwargs={"truncate_prompt_tokens": 100})
+    outputs = []
+    while engine.has_unfinished_requests():
+        outputs += engine.step()
+    (output,) = outputs
+    assert output.prompt_token_ids == llm.get_tokenizer()(text).input_ids[:100]
+    for bad, message in (("", "empty"), ({"prompt": ""}, "empty"), ("<|gem_0|>", "reserved")):
+        with pytest.raises(VLLMValidationError, match=message):
+            engine.add_request("bad", bad, EMBED)
+
+
 def test_truncation_cuts_the_text_not_the_special_tokens(llm: LLM) -> None:
     (prompt,) = random_prompts([400])
     for most, kept in ((-1, 251), (256, 251), (100, 100)):

@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
+from vllm import PoolingParams
 from vllm.config import PoolerConfig, SpeculativeConfig, VllmConfig
+from vllm.entrypoints.generate.generative_scoring.serving import ServingGenerativeScoring
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.pooling.base.io_processor import PoolingIOProcessor
@@ -17,12 +20,19 @@ from vllm.entrypoints.pooling.offline import PoolingOfflineMixin
 from vllm.lora.ops.torch_ops import lora_ops
 from vllm.lora.punica_wrapper import punica_cpu
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+from vllm.outputs import PoolingRequestOutput
 from vllm.plugins import load_general_plugins
 from vllm.renderers.online_renderer import OnlineRenderer
+from vllm.sampling_params import RequestOutputKind
 from vllm.v1.attention import selector
 from vllm.v1.attention.backends import registry
+from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.input_processor import InputProcessor
-from vllm.v1.engine.output_processor import RequestState
+from vllm.v1.engine.output_processor import (
+    OutputProcessor,
+    RequestOutputCollector,
+    RequestState,
+)
 
 from gem_vllm import compat
 from gem_vllm.config import SUPPORTED_ARCHITECTURES
@@ -40,6 +50,8 @@ NAMES = {
     "prompts-of-requests",
     "embedding-with-answer",
     "interval-of-embeddings",
+    "aborted-embeddings",
+    "texts-to-judge",
     "rows-without-lora",
     "draft-vocabulary",
 }
@@ -76,6 +88,9 @@ def test_config_hook_is_in_place() -> None:
         (OpenAIServingChat, "create_chat_completion"),
         (OpenAIServingCompletion, "create_completion"),
         (RequestState, "from_new_request"),
+        (RequestState, "make_request_output"),
+        (OutputProcessor, "process_outputs"),
+        (ServingGenerativeScoring, "_build_prompts"),
         (lora_ops, "bgmv_shrink"),
         (lora_ops, "bgmv_expand"),
         (punica_cpu, "bgmv_shrink"),
@@ -104,6 +119,9 @@ def test_function_is_wrapped_once(owner: Any, attribute: str) -> None:
         (OpenAIServingChat, "create_chat_completion", "_patch_embedding_with_answer"),
         (OpenAIServingCompletion, "create_completion", "_patch_embedding_with_answer"),
         (RequestState, "from_new_request", "_patch_interval_of_embeddings"),
+        (RequestState, "make_request_output", "_patch_aborted_embeddings"),
+        (OutputProcessor, "process_outputs", "_patch_aborted_embeddings"),
+        (ServingGenerativeScoring, "_build_prompts", "_patch_texts_to_judge"),
         (lora_ops, "bgmv_shrink", "_patch_rows_without_lora"),
         (lora_ops, "bgmv_expand", "_patch_rows_without_lora"),
         (
@@ -145,6 +163,36 @@ def test_a_copy_of_a_config_keeps_its_graphs(
     VllmConfig.__post_init__(config)
     assert seen == ([] if updated else [given])  # a user's is for vLLM to see, and for us to refuse
     assert config.model_config.pooler_config.task == "embed"
+
+
+@pytest.mark.parametrize("by", ["the engine", "its id"])
+def test_an_aborted_embedding_is_told_and_fails_nothing_else(by: str) -> None:
+    processor = OutputProcessor(None, log_stats=False)
+    request = EngineCoreRequest(
+        request_id="one",
+        external_req_id="one",
+        prompt_token_ids=[5, 6],
+        mm_features=None,
+        sampling_params=None,
+        pooling_params=PoolingParams(task="embed"),
+        arrival_time=0.0,
+        lora_request=None,
+        cache_salt=None,
+        data_parallel_rank=None,
+    )
+    queue = RequestOutputCollector(RequestOutputKind.FINAL_ONLY, "one")
+    processor.add_request(request, prompt=None, queue=queue)
+    if by == "the engine":  # as it does when it is paused, or put to sleep
+        ended = EngineCoreOutput("one", [], finish_reason=FinishReason.ABORT)
+        processor.process_outputs([ended])
+    else:
+        processor.abort_requests(["one"], internal=True)
+    output = queue.get_nowait()
+    assert isinstance(output, PoolingRequestOutput)
+    assert output.finished
+    assert output.outputs.data.numel() == 0
+    assert Version(compat.installed_vllm()) < Version("0.32") or output.error.retryable
+    assert not processor.has_unfinished_requests()
 
 
 @pytest.mark.parametrize("name", ["bgmv_shrink", "bgmv_expand"])

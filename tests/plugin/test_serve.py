@@ -295,6 +295,7 @@ def test_what_a_text_is_as_tokens_is_told_of_any_text(server: Server) -> None:
         ("/v1/embeddings", {"input": "bread " * 300}, 400, "251"),
         ("/v1/embeddings", {"input": "a", "dimensions": 65}, 400, "64"),
         ("/v1/embeddings", {"input": "a", "encoding_format": "morse"}, 400, "encoding_format"),
+        ("/v1/embeddings", {"input": "a", "padding": "max_length"}, 400, '"padding" is not for'),
         ("/v1/embeddings", {"input": "a", "model": "other"}, 404, "does not exist"),
         ("/v1/embeddings", {"input": "say <|gem_0|>"}, 400, "reserved GEM token"),
         ("/v1/embeddings", {"input": [5, SPECIAL, 6]}, 400, "no whole run"),
@@ -302,6 +303,25 @@ def test_what_a_text_is_as_tokens_is_told_of_any_text(server: Server) -> None:
         ("/v1/completions", {"prompt": [SPECIAL]}, 400, "no whole run"),
         ("/score", {"text_1": "a", "text_2": "<|gem_3|>"}, 400, "reserved GEM token"),
         ("/rerank", {"query": "<|gem_0|>", "documents": ["a"]}, 400, "reserved GEM token"),
+        (
+            "/generative_scoring",
+            {
+                "query": "is it so?",
+                "items": ["yes", "<|gem_0|><|gem_1|><|gem_2|><|gem_3|> yes"],
+                "label_token_ids": [5, 6],
+            },
+            400,
+            "reserved GEM token",
+        ),
+        (
+            "/v1/chat/completions",
+            {
+                "messages": [{"role": "user", "content": "a", "gem": {"compress": True}}],
+                "kv_transfer_params": {"prompt_token_ids": [5, 6]},
+            },
+            400,
+            "kv_transfer_params",
+        ),
         (
             "/v1/chat/completions",
             {"messages": [{"role": "user", "content": "<|gem_2|>"}]},

@@ -1,17 +1,26 @@
-"""The LoRA at special rows, and the room for Python's frames, without an engine."""
+"""The LoRA at special rows, adapters that are refused, the room for Python's frames: no engine."""
 
 from __future__ import annotations
 
+import re
 import resource
+import shutil
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from gem_vllm.adapter import ADAPTER_FOLDER
+from gem_vllm.errors import GemConfigError
 from gem_vllm.plugin import step as gem_step
 from gem_vllm.plugin.frames import with_room
-from gem_vllm.plugin.lora import SpecialLoRA
+from gem_vllm.plugin.lora import SpecialLoRA, attach_adapter
 from gem_vllm.plugin.step import GemStep
 
 
@@ -60,6 +69,40 @@ def test_the_lora_is_added_at_special_rows_only(
     assert torch.equal(output[others], before[others])
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2
     torch.testing.assert_close(output.float(), expected, rtol=tolerance, atol=tolerance)
+
+
+def attach(folder: Path) -> None:
+    """Attach the adapter in `folder` to a model without linear layers."""
+    model = torch.nn.Module()
+    model.packed_modules_mapping = {}
+    config: Any = SimpleNamespace(
+        device_config=SimpleNamespace(device=torch.device("cpu")),
+        model_config=SimpleNamespace(dtype=torch.float32),
+        additional_config={},
+    )
+    attach_adapter(model, config, folder)
+
+
+def test_an_adapter_of_layers_that_are_not_there_is_refused(
+    tiny_checkpoint: Callable[..., Path],
+) -> None:
+    layers = r"model\.layers\.0\.mlp\.down_proj, .*\. It belongs to another base model"
+    with pytest.raises(GemConfigError, match=f"layers that the model does not have: {layers}"):
+        attach(tiny_checkpoint("llama", k=4) / ADAPTER_FOLDER)
+
+
+@pytest.mark.parametrize("layer", ["layers.0.self_attn.q_proj", "layers.1.mlp.down_proj"])
+def test_half_of_a_pair_is_refused(
+    layer: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_checkpoint("llama", k=4) / ADAPTER_FOLDER, tmp_path / "adapter")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    lost = f"base_model.model.model.{layer}.lora_B.weight"
+    rest = {name: tensor.clone() for name, tensor in tensors.items() if name != lost}
+    assert len(rest) == len(tensors) - 1
+    save_file(rest, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(GemConfigError, match=f"has no {re.escape(lost)}; copy or download it"):
+        attach(folder)
 
 
 def leaf() -> None:

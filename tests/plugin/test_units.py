@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -40,7 +41,7 @@ from gem_vllm.plugin.runner import GemModelRunner
 from gem_vllm.plugin.runner_mixin import GemRunner
 from gem_vllm.plugin.runner_v2 import GemModelRunnerV2
 from gem_vllm.plugin.scheduler import append_special_tokens
-from gem_vllm.plugin.validation import check_prompt
+from gem_vllm.plugin.validation import check_prompt, check_request
 from tests.imports import imported
 from tests.plugin.steps import SPECIAL, step_of
 
@@ -142,6 +143,40 @@ def test_engines_of_other_models_are_not_counted(worker: str) -> None:
     assert after - before == (3 if worker == WORKER else 0)
 
 
+def test_metrics_are_of_the_task_and_the_kind_that_they_name() -> None:
+    """All numbers differ, so that none can stand for another."""
+    logger = GemStatLogger(VllmConfig(parallel_config=ParallelConfig(worker_cls=WORKER)), 8)
+    steps = {"embed": 2, "generate": 5, "mixed": 11}
+    scheduler_stats, stats = SchedulerStats(), IterationStats()
+    attach_step_counts(scheduler_stats, steps)
+    stats.finished_requests = [
+        FinishedRequestStats(
+            FinishReason.STOP, queued_time=0.25, e2e_latency=0.5, num_prompt_tokens=7
+        ),
+        FinishedRequestStats(
+            FinishReason.LENGTH,
+            queued_time=2.0,
+            e2e_latency=4.0,
+            num_prompt_tokens=100,
+            num_generation_tokens=30,
+            max_tokens_param=32,
+        ),
+    ]
+    logger.record(scheduler_stats, stats)
+
+    def read(name: str, **labels: str) -> float | None:
+        return REGISTRY.get_sample_value(name, {**labels, "engine": "8"})
+
+    for task, queued, latency, tokens in (("embed", 0.25, 0.5, 7), ("generate", 2.0, 4.0, 100)):
+        assert read("gem_queue_seconds_sum", task=task) == queued
+        assert read("gem_latency_seconds_sum", task=task) == latency
+        assert read("gem_prompt_tokens_total", task=task) == tokens
+        for name in ("gem_queue_seconds_count", "gem_latency_seconds_count"):
+            assert read(name, task=task) == 1
+    assert read("gem_generation_tokens_total") == 30
+    assert {kind: read("gem_steps_total", kind=kind) for kind in STEP_KINDS} == steps
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -157,6 +192,7 @@ def test_engines_of_other_models_are_not_counted(worker: str) -> None:
             "Leave one of --no-enable-chunked-prefill and it out",
         ),
         ({"max_model_len": 5}, "leaves no room for text"),
+        ({"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"}, "Leave --worker-cls unset"),
         ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "its own scheduler"),
         (
             {"pooler_config": PoolerConfig(task="embed")},
@@ -164,6 +200,7 @@ def test_engines_of_other_models_are_not_counted(worker: str) -> None:
         ),
         ({"enable_batch_sharded_sampling": True}, "Leave --enable-batch-sharded-sampling unset"),
         ({"enable_dbo": True}, "Leave --enable-dbo"),
+        ({"enable_prompt_embeds": True}, "Leave --enable-prompt-embeds unset"),
         ({"kv_offloading_size": 1.0}, "--kv-offloading-size unset"),
         (
             {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
@@ -244,3 +281,32 @@ def test_a_trace_to_follow_has_no_special_tokens() -> None:
     )
     with pytest.raises(VLLMValidationError, match="trace_decode_token_ids names GEM special"):
         check_prompt([5, 6], Mock(trace_decode_token_ids=[7, 501]), gem_config, **limits)
+
+
+@pytest.mark.parametrize("option", ["prompt_logprobs", "prompt_logprob_token_ids"])
+def test_what_is_told_of_prompt_tokens_is_not_for_runs(option: str) -> None:
+    gem_config = GemConfig((500, 501), "mean", "adapter", "base")
+    limits: dict[str, Any] = {"max_model_len": 64, "block_size": 16, "from_text": False}
+    options = SimpleNamespace(**{option: [7]})
+    assert check_prompt([5, 6], options, gem_config, **limits) == 2
+    with pytest.raises(VLLMValidationError, match=f"^{option} is not for a prompt with special"):
+        check_prompt([5, 500, 501, 6], options, gem_config, **limits)
+
+
+def test_a_prompt_in_parts_has_no_runs() -> None:
+    gem_config = GemConfig((500, 501), "mean", "adapter", "base")
+    limits: dict[str, Any] = {"max_model_len": 64, "block_size": 16, "from_text": False}
+
+    def request(prompt: list[int], resumable: bool) -> SimpleNamespace:
+        return SimpleNamespace(
+            prompt_token_ids=prompt,
+            sampling_params=SimpleNamespace(),
+            pooling_params=None,
+            resumable=resumable,
+        )
+
+    with_run = [5, 500, 501, 6]
+    check_request(request([5, 6], True), gem_config, **limits)
+    check_request(request(with_run, False), gem_config, **limits)
+    with pytest.raises(VLLMValidationError, match="that is sent in parts cannot have special"):
+        check_request(request(with_run, True), gem_config, **limits)
