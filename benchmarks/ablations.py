@@ -36,9 +36,9 @@ from gem_vllm.folders import content_sha256, read_json, write_json
 from gem_vllm.machine import has_cuda
 from gem_vllm.training.data import open_text
 from gem_vllm.training.model_card import command_line, source_commit
-from gem_vllm.training.options import TrainOptions
+from gem_vllm.training.options import TrainOptions, compute_dtype
 from gem_vllm.training.pairs import write_pairs
-from gem_vllm.training.run import compute_dtype, train
+from gem_vllm.training.run import train
 
 MINED_SENTENCES = 20_000
 LEAST_KEYWORDS, MOST_KEYWORDS = 3, 12

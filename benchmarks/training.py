@@ -28,7 +28,7 @@ from transformers import AutoTokenizer
 
 from gem_vllm.errors import GemError
 from gem_vllm.folders import write_json
-from gem_vllm.training.run import compute_dtype
+from gem_vllm.training.options import compute_dtype
 
 WARM_UP = 2
 SCRIPT = Path(__file__).with_name("training_peers.py")

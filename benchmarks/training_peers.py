@@ -21,8 +21,8 @@ from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArgume
 
 from gem_vllm.checkpoint import add_special_tokens, load_base
 from gem_vllm.training.adapter_model import TEXTS_PER_PASS
-from gem_vllm.training.options import TrainOptions
-from gem_vllm.training.run import compute_dtype, make_trainer
+from gem_vllm.training.options import TrainOptions, compute_dtype
+from gem_vllm.training.run import make_trainer
 from gem_vllm.training.sequences import pad
 
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}

@@ -40,6 +40,7 @@ ADAPTER_FOLDER = "gem_adapter"
 
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _LORA = (".lora_A.weight", ".lora_B.weight")
 _ROWS = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
 
@@ -223,19 +224,22 @@ def write_checkpoint(
 def write_configs(
     folder: Path, config: dict[str, Any], gem_config: GemConfig, generation_config: Path
 ) -> None:
-    """Write ``config.json`` as a GEM checkpoint's, and ``generation_config.json`` if there is one.
+    """Write ``config.json`` as a GEM checkpoint's, and ``generation_config.json``.
 
-    transformers' own ``generate`` then never emits a special token either.
+    transformers' own ``generate`` then never emits a special token either. Where the base has no
+    such file, it has what transformers takes from ``config.json`` instead.
     """
     config["architectures"] = [gem_architecture(plain_architecture(config))]
     config["gem_config"] = gem_config.to_dict()
     write_json(folder / "config.json", config)
     if generation_config.is_file():
         generation = read_json(generation_config)
-        suppressed = {*(generation.get("suppress_tokens") or []), *gem_config.special_token_ids}
-        generation["suppress_tokens"] = sorted(suppressed)
-        generation.pop("_from_model_config", None)
-        write_json(folder / "generation_config.json", generation)
+    else:
+        generation = {name: config[name] for name in _TOKEN_IDS if config.get(name) is not None}
+    suppressed = {*(generation.get("suppress_tokens") or []), *gem_config.special_token_ids}
+    generation["suppress_tokens"] = sorted(suppressed)
+    generation.pop("_from_model_config", None)
+    write_json(folder / "generation_config.json", generation)
 
 
 def with_base(gem_config: GemConfig, folder: Path) -> GemConfig:

@@ -45,7 +45,10 @@ class GemModule(InputModule):
         super().__init__()
         self.folder = folder
         model, self.tokenizer, self.gem_config = load_checkpoint(folder, dtype=dtype)
-        self.model = embedding_model(model, self.gem_config).to(dtype)
+        self.tokenizer.truncation_side = "right"  # as the engine's texts are cut
+        self.model = embedding_model(model, self.gem_config)
+        # Not the module as a whole: frequencies of positions are in float32 in every dtype.
+        self.model.log_temperature.data = self.model.log_temperature.data.to(dtype)
         self.max_seq_length = self.gem_config.max_text_tokens(
             self.model.config.max_position_embeddings
         )

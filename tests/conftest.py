@@ -56,7 +56,7 @@ def tiny_checkpoint(
     @cache
     def make(family: str = "llama", *, k: int = 3, **options: Any) -> Path:
         folder = tmp_path_factory.mktemp(family) / f"gem-k{k}"
-        own = {"pooling", "train_mode", "seed", "instruction_ids"}
+        own = {"pooling", "train_mode", "seed", "instruction_ids", "target_modules"}
         base = tiny_base(family, **{key: options[key] for key in options if key not in own})
         options = {key: options[key] for key in options if key in own}
         return make_tiny_checkpoint(family, folder, k=k, base=base, **options)

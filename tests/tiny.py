@@ -26,10 +26,13 @@ from gem_vllm.checkpoint import add_special_tokens, load_base, save_checkpoint
 from gem_vllm.config import GemConfig
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3")
+# No further family: Mistral with a window in all of its layers, and no list of layers' types.
+WINDOWED = "mistral-windowed"
 
 _CONFIGS = {
     "llama": LlamaConfig,
     "mistral": MistralConfig,
+    WINDOWED: MistralConfig,
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
     "gemma": GemmaConfig,
@@ -40,6 +43,7 @@ _SLIDING = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_att
 _FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": True},
     "mistral": {"sliding_window": None},
+    WINDOWED: {"sliding_window": 16},
     "gemma2": {"query_pre_attn_scalar": 32, **_SLIDING},
     "gemma3": {"query_pre_attn_scalar": 32, **_SLIDING},
 }
@@ -63,8 +67,8 @@ def make_tiny_base(family: str, folder: str | Path, *, seed: int = 0, **override
     """Save a random base: 2 layers, hidden 64, 2 heads of 32 and 1 KV head, about 500 tokens.
 
     Args:
-        family: one of `FAMILIES`. Gemma 2 and 3 have a layer with a window of 16 tokens; Llama
-            and the Gemmas tie the head to the embedding.
+        family: one of `FAMILIES`, or `WINDOWED`. Gemma 2 and 3 have a layer with a window of 16
+            tokens, `WINDOWED` has two; Llama and the Gemmas tie the head to the embedding.
         folder: to write.
         seed: of the weights. They are larger than usual, so that attention is far from uniform.
         overrides: of the family's config, for example ``max_position_embeddings``.
@@ -111,19 +115,21 @@ def make_tiny_checkpoint(
     train_mode: str = "adapter",
     seed: int = 0,
     instruction_ids: tuple[int, ...] = (),
+    target_modules: str | tuple[str, ...] = "all-linear",
     base: str | Path | None = None,
     **overrides: Any,
 ) -> Path:
     """Save a GEM checkpoint with random special rows and, in adapter mode, a random LoRA of rank 4.
 
     Args:
-        family: one of `FAMILIES`.
+        family: one of `FAMILIES`, or `WINDOWED`.
         folder: to write.
         k: number of special tokens.
         pooling: ``mean`` or ``concat``.
         train_mode: ``adapter``, ``full`` or ``lora``.
         seed: of the base, the rows and the LoRA.
         instruction_ids: between text and special tokens.
+        target_modules: linear layers that the LoRA is on, as PEFT names them.
         base: folder of the base; made beside ``folder``, as ``<name>-base``, if it is left out.
         overrides: as in `make_tiny_base`.
 
@@ -144,8 +150,9 @@ def make_tiny_checkpoint(
         rows = torch.randn(k, embedding.shape[1], generator=random)
         embedding[list(ids)] = rows * embedding.std()
     if train_mode == "adapter":
+        named = target_modules if isinstance(target_modules, str) else list(target_modules)
         lora = LoraConfig(
-            r=4, lora_alpha=8, target_modules="all-linear", bias="none", task_type="CAUSAL_LM"
+            r=4, lora_alpha=8, target_modules=named, bias="none", task_type="CAUSAL_LM"
         )
         model = get_peft_model(model, lora)
         with torch.no_grad():

@@ -254,6 +254,7 @@ class TrainBatches(IterableDataset):
         lengths = [len(self.template.wrap_to_embed(anchor)) for anchor, _ in pairs]
         generator = torch.Generator().manual_seed(random.Random(seed).getrandbits(63))
         shape = (2, len(pairs), max(lengths))
+        assert self.options.drop_rate is not None
         seen = torch.rand(shape, generator=generator) >= self.options.drop_rate
         seen[:, :, 0] = True
         for row, length in enumerate(lengths):
@@ -287,6 +288,7 @@ class TrainBatches(IterableDataset):
             return [content, content]
         options = self.options
         rate, anchor_rate = options.drop_rate, options.anchor_drop_rate
+        assert rate is not None
         return [*dropout_pair(content, rate, rng, anchor_rate=anchor_rate)]
 
 

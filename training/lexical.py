@@ -8,11 +8,11 @@ dense model that learns from it finds what shares rare words with a query (Chen 
 from __future__ import annotations
 
 import random
-import re
 from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
+import regex
 import Stemmer
 import torch
 from scipy import sparse
@@ -22,13 +22,18 @@ STEMMERS = (NO_STEMMER, *Stemmer.algorithms())
 # A neighbourhood: a text, and of those that share most words with it some.
 NEIGHBOURHOOD = 8
 NEIGHBOURS = 40
+# Scripts without spaces between words; of a text in one, each two characters in a row are a word,
+# as search engines have it.
+_UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}ー\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+_UNSPACED_RUN = regex.compile(f"[{_UNSPACED}]+")
+_WORD = regex.compile(rf"{_UNSPACED_RUN.pattern}|[[\w\p{{M}}]--[{_UNSPACED}]]+", regex.VERSION1)
 
 
 class WordVectors:
     """A text as its words, each weighted by how rare it is: tf-idf, as scikit-learn has it.
 
-    Words are in lower case and stemmed; of a word's count the logarithm counts; words that none of
-    ``texts`` has are passed over.
+    Words are in lower case and stemmed, or two characters each where there are no spaces; of a
+    word's count the logarithm counts; words that none of ``texts`` has are passed over.
 
     Args:
         texts: in which to count how many have a word.
@@ -61,7 +66,12 @@ class WordVectors:
         return sparse.csr_matrix((np.array(values, dtype=np.float32), columns, starts), shape=shape)
 
     def _words(self, text: str) -> list[str]:
-        words = re.findall(r"\w+", text.lower())
+        words: list[str] = []
+        for word in _WORD.findall(text.lower()):
+            if len(word) > 2 and _UNSPACED_RUN.fullmatch(word):
+                words += [word[start : start + 2] for start in range(len(word) - 1)]
+            else:
+                words.append(word)
         return words if self._stemmer is None else self._stemmer.stemWords(words)
 
 
@@ -86,8 +96,7 @@ class Neighbourhoods:
             near = self._vectors @ self._vectors[centre].toarray()[0]
             near[centre] = -1.0
             most = min(NEIGHBOURS, len(self.texts) - 1)
-            nearest = np.argpartition(-near, most - 1)[:most].tolist()
-            others = rng.sample(nearest, min(NEIGHBOURHOOD - 1, most))
+            others = rng.sample(_largest(near, most), min(NEIGHBOURHOOD - 1, most))
             drawn += [self.texts[number] for number in (centre, *others)]
         return drawn[:count]
 
@@ -95,3 +104,13 @@ class Neighbourhoods:
         """Cosines of the texts' words: float32 [n, n]."""
         vectors = self._words.vectors(texts)
         return torch.from_numpy((vectors @ vectors.T).toarray())
+
+
+def _largest(values: np.ndarray, count: int) -> list[int]:
+    """Where the ``count`` largest are, by size and then by place, whatever processor sorts them.
+
+    All processes of a run draw the same, and so does a run that goes on elsewhere.
+    """
+    least = np.partition(values, -count)[-count]
+    found = np.flatnonzero(values >= least)
+    return found[np.argsort(-values[found], kind="stable")][:count].tolist()

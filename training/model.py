@@ -41,6 +41,7 @@ class GemTrainingModel(nn.Module, ABC):
     loss is the mean over these and the whole (arXiv 2205.13147).
     ``teacher``: its cosines are taught in lexical batches beside those of words; None for the words
     alone.
+    ``instruction_tokens``: how many there are between a text and its special tokens.
     ``in_step``: each process holds a part of the base, so all must make as many passes over it.
     """
 
@@ -66,6 +67,7 @@ class GemTrainingModel(nn.Module, ABC):
         self.rows_per_pass = rows_per_pass
         self.matryoshka = matryoshka
         self.teacher: Teacher | None = None
+        self.instruction_tokens = 0
         self.log_temperature = nn.Parameter(torch.tensor(math.log(scale)))
         self.config = self.base.config.get_text_config()
         if getattr(self.config, "attn_logit_softcapping", None) is not None:
@@ -217,7 +219,7 @@ class GemTrainingModel(nn.Module, ABC):
         Logits are the largest tensors of all, so those of many positions are computed a part at a
         time, and again in the backward pass.
         """
-        targets = next_token_targets(token_ids, lengths, self.special_ids)
+        targets = next_token_targets(token_ids, lengths, self.special_ids, self.instruction_tokens)
         hidden, computed = self.ordinary_states(token_ids, lengths, targets != IGNORE)
         targets = targets[computed]
         if len(hidden) <= POSITIONS_AT_ONCE:

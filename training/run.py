@@ -34,7 +34,7 @@ from gem_vllm.training.held_out import HeldOutPairs
 from gem_vllm.training.model import GemTrainingModel
 from gem_vllm.training.model_card import source_commit, write_model_card
 from gem_vllm.training.modes import model_class
-from gem_vllm.training.options import TrainOptions, flag
+from gem_vllm.training.options import TrainOptions, compute_dtype, flag
 from gem_vllm.training.sharding import ShardedTrainer, shard_base
 from gem_vllm.training.teacher import load_teacher
 from gem_vllm.training.trainer import SPEARMAN, GemTrainer, whole_checkpoints
@@ -80,7 +80,7 @@ def train(
         state.wait_for_everyone()
         start = next(reversed(whole_checkpoints(options.run_folder)), None)
         step = 0 if start is None else int(start.name.rpartition("-")[2])
-        _check_same_step(step, options, trainer.args.device)
+        _check_same(step, options, trainer.args.device)
         trainer.train_dataset.start_step = step
         trainer.train(resume_from_checkpoint=None if start is None else str(start))
         trained = trainer.trained_state()
@@ -147,6 +147,7 @@ def make_trainer(
     if max(options.matryoshka, default=0) > size:
         raise GemError(f"--matryoshka is over an embedding's size, which is {size} here")
     training_model = build_model(model, special_ids, options)
+    training_model.instruction_tokens = len(batches.template.instruction)
     arguments = training_arguments(options, bf16=dtype == torch.bfloat16)
     if options.teacher is not None:
         training_model.teacher = load_teacher(
@@ -234,17 +235,6 @@ def training_arguments(options: TrainOptions, *, bf16: bool) -> TrainingArgument
     return arguments
 
 
-def compute_dtype(name: str) -> torch.dtype:
-    """``auto``: bfloat16 where there are units for it (CUDA, AVX512-BF16, AMX), else float32."""
-    if name != "auto":
-        return torch.float32 if name == "float32" else torch.bfloat16
-    if torch.cuda.is_available():
-        has_units = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if has_units else torch.float32
-    has_units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if has_units else torch.float32
-
-
 def _save(
     trainer: GemTrainer,
     trained: dict[str, torch.Tensor],
@@ -322,12 +312,23 @@ def _start_run(options: TrainOptions, *, resume: bool) -> None:
         print(f"{run}: continuing from {where}", file=sys.stderr)
 
 
-def _check_same_step(step: int, options: TrainOptions, device: torch.device) -> None:
-    """GemError in a process that does not see the checkpoint that another goes on from."""
-    if peers.count() > 1 and (newest := peers.largest(step, device)) != step:
+def _check_same(step: int, options: TrainOptions, device: torch.device) -> None:
+    """GemError in a process that would train otherwise than another.
+
+    It does not see the checkpoint that the other goes on from, or computes in another dtype.
+    """
+    if peers.count() == 1:
+        return
+    if (newest := peers.largest(step, device)) != step:
         raise GemError(
             f"process {peers.rank()} finds no checkpoint of step {newest} in "
             f"{options.run_folder}; all processes have to share that folder"
+        )
+    bits = torch.finfo(compute_dtype(options.dtype)).bits
+    if peers.largest(bits, device) != bits:
+        raise GemError(
+            f"process {peers.rank()} computes in bfloat16, and another has no units for it; give "
+            "--dtype float32, or bfloat16, to all"
         )
 
 

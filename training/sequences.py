@@ -74,16 +74,24 @@ def pad(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def next_token_targets(
-    token_ids: torch.Tensor, lengths: torch.Tensor, special_ids: Sequence[int]
+    token_ids: torch.Tensor,
+    lengths: torch.Tensor,
+    special_ids: Sequence[int],
+    instruction_tokens: int = 0,
 ) -> torch.Tensor:
     """What each position is to predict: int64 [N, T], ``IGNORE`` where it predicts nothing.
 
     The loss mask: where the label is a special token (or padding) nothing is predicted. So of a run
     only the last special token predicts: the suffix's first token, from which decoding from special
-    tokens alone starts (appendix B).
+    tokens alone starts (appendix B). Nor is the instruction predicted, of so many tokens in front
+    of a run: no text goes on with it.
     """
     targets = torch.full_like(token_ids, IGNORE)
     targets[:, :-1] = token_ids[:, 1:]
     position = torch.arange(token_ids.shape[1], device=token_ids.device)
     special = torch.isin(targets, torch.tensor(special_ids, device=token_ids.device))
-    return targets.masked_fill(special | (position >= lengths[:, None] - 1), IGNORE)
+    unpredicted = special | (position >= lengths[:, None] - 1)
+    for before in range(1, instruction_tokens + 1):
+        # The label is in front of a run, by so many tokens.
+        unpredicted[:, :-before] |= special[:, before:]
+    return targets.masked_fill(unpredicted, IGNORE)

@@ -35,6 +35,8 @@ WHOLE = "whole.json"
 SPEARMAN = "eval_spearman"
 LOSSES = ("loss_ntp", "loss_cl", "loss_lex")
 LENGTHS = ("cl_lengths", "ntp_lengths", "lex_lengths")
+# In parameters' names; the second is of PEFT.
+NEVER_DECAY = ("log_temperature", "trainable_tokens_delta")
 
 
 class GemTrainer(Trainer):
@@ -92,6 +94,17 @@ class GemTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         """Batches as they come: they are made whole, and in order, by the data set."""
         return DataLoader(self.train_dataset, batch_size=None)
+
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """``Trainer``'s, without the temperature and an adapter's special tokens.
+
+        Neither is a weight of a product, to be kept small: the losses alone say what they are.
+        """
+        return [
+            name
+            for name in super().get_decay_parameter_names(model)
+            if not any(part in name for part in NEVER_DECAY)
+        ]
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None

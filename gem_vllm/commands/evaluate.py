@@ -49,7 +49,11 @@ def evaluate(
         ),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(help="So many rows or queries of each task, for a quick look.")
+        int | None,
+        typer.Option(
+            help="So many rows or queries of each --local task, and documents of --mmlu and "
+            "--perplexity, for a quick look."
+        ),
     ] = None,
     engine: Annotated[
         str, typer.Option(help="Options of the vLLM engine, as JSON: '{\"max_model_len\": 1024}'.")
@@ -69,7 +73,7 @@ def evaluate(
     except ImportError as error:
         raise GemError(
             f"gem-vllm evaluate needs mteb and lm-eval ({error}); install them with: "
-            "pip install 'gem-vllm[eval]'"
+            "pip install -e '.[eval]', in the folder of gem-vllm's source"
         ) from error
     from gem_vllm.commands.json_option import json_object
     from gem_vllm.evaluation.options import EvaluateOptions, read_prompts

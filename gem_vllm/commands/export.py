@@ -33,7 +33,7 @@ def export(
     except ImportError as error:
         raise GemError(
             "gem-vllm export needs sentence-transformers; install it with: "
-            "pip install 'gem-vllm[eval]'"
+            "pip install -e '.[eval]', in the folder of gem-vllm's source"
         ) from error
     from gem_vllm.folders import refuse_existing, refuse_inside
     from gem_vllm.sentence_transformer import export as export_checkpoint

@@ -17,7 +17,8 @@ def require_ray(command: str) -> None:
         import ray  # noqa: F401
     except ImportError as error:
         raise GemError(
-            f"gem-vllm {command} needs Ray; install it with: pip install 'gem-vllm[ray]'"
+            f"gem-vllm {command} needs Ray; install it with: "
+            "pip install -e '.[ray]', in the folder of gem-vllm's source"
         ) from error
 
 

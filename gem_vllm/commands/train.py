@@ -104,12 +104,13 @@ def train(
         ),
     ] = "dropout",
     drop_rate: Annotated[
-        float,
+        float | None,
         typer.Option(
             help="Share of a positive's tokens dropped, or hidden by a mask.",
+            show_default="adapter 0.8, its masks and full and lora 0.3",
             rich_help_panel=_CONTRASTIVE,
         ),
-    ] = 0.3,
+    ] = None,
     anchor_drop_rate: Annotated[
         float,
         typer.Option(help="Share of the text's own tokens dropped.", rich_help_panel=_CONTRASTIVE),

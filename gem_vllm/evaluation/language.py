@@ -12,6 +12,8 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from gem_vllm.training.batches import plain_prompt_template
+
 # Of a continuation: what one engine request may be asked for beside the most likely token.
 _Scored = tuple[float, bool]
 
@@ -30,6 +32,7 @@ class EngineLM(TemplateLM):
         super().__init__()
         self._llm = llm
         self.tokenizer = llm.get_tokenizer()
+        self._head = list(plain_prompt_template(self.tokenizer).head)
         self._max_length = llm.llm_engine.model_config.max_model_len
         self.cut_contexts = 0
 
@@ -47,9 +50,12 @@ class EngineLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Token ids of a text, as of a prompt."""
-        special = True if add_special_tokens is None else add_special_tokens
-        return list(self.tokenizer(string, add_special_tokens=special)["input_ids"])
+        """Token ids of a text, as of the beginning of a prompt.
+
+        Without what a tokenizer may put behind a prompt (an EOS): the text goes on.
+        """
+        content = list(self.tokenizer(string, add_special_tokens=False)["input_ids"])
+        return content if add_special_tokens is False else self._head + content
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], **kwargs: Any

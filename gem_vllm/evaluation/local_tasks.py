@@ -222,7 +222,17 @@ def _retrieval(folder: Path, files: dict[str, Path], limit: int | None) -> AbsTa
         {row["_id"]: relevant[row["_id"]] for row in queries},
         None,
     )
-    return _make(AbsTaskRetrieval, "Retrieval", folder, split, {split: data})
+    texts = {row["_id"]: row["text"] for row in found["corpus"]}
+    return _make(
+        AbsTaskRetrieval,
+        "Retrieval",
+        folder,
+        split,
+        {split: data},
+        # Queries that are documents (ArguAna's, say) are not to find themselves. Ids alone may
+        # agree by chance, where both are numbers.
+        ignore_identical_ids=any(texts.get(row["_id"]) == row["text"] for row in queries),
+    )
 
 
 def _split_data(

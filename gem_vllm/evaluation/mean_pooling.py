@@ -27,6 +27,7 @@ class MeanEmbedder:
 
     def __init__(self, base: Path, max_length: int) -> None:
         model, self._tokenizer = load_base(base, dtype=torch.float32)
+        self._tokenizer.truncation_side = "right"
         self._device = torch.device("cuda" if has_cuda() else "cpu")
         self._decoder = model.get_decoder().to(self._device)
         self._max_length = max_length

@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+import benchmark_script
 import pytest
 from benchmark_script import (
     about,
@@ -68,13 +69,16 @@ def test_what_the_user_can_mend_is_one_line(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_the_folder_for_results_is_made_before_the_work(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    root = tmp_path / "checkout"
+    monkeypatch.setattr(benchmark_script, "ROOT", root)
     going_on, parser = argparse.ArgumentParser(), argparse.ArgumentParser()
     add_out(going_on, goes_on=True)
-    assert going_on.parse_args([]).out == ROOT / "benchmarks" / "results"
+    assert going_on.parse_args([]).out == root / "benchmarks" / "results"
     add_out(parser)
-    assert parser.parse_args([]).out == ROOT / "runs" / "benchmarks"
+    assert parser.parse_args([]).out == root / "runs" / "benchmarks"
+    assert (root / "runs" / "benchmarks").is_dir()
     assert parser.parse_args(["--out", str(tmp_path / "a" / "b")]).out.is_dir()
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit) as ended:

@@ -8,6 +8,7 @@ from typing import Any
 import latency
 import pytest
 from latency_report import markdown, plot, ratio_to
+from matplotlib.axes import Axes
 
 Request = tuple[str, str, dict[str, Any]]
 
@@ -72,8 +73,23 @@ def test_page_shows_medians_over_rounds(result: dict[str, Any]) -> None:
         assert line in lines
 
 
-def test_the_plot_is_of_the_same_figures(result: dict[str, Any], tmp_path: Path) -> None:
+def test_the_plot_is_of_the_same_figures(
+    result: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[tuple[Any, ...]] = []
+    for name in ("plot", "annotate"):
+        draw = getattr(Axes, name)
+
+        def noted(self: Axes, *args: Any, draw: Any = draw, **options: Any) -> Any:
+            drawn.append(args)
+            return draw(self, *args, **options)
+
+        monkeypatch.setattr(Axes, name, noted)
     plot(result["beside"], tmp_path / "latency.png")
+    (across, up), *labels = drawn
+    assert across == [5001.0, 2001.0]
+    assert up == pytest.approx([10.0, 2.0])
+    assert labels == [("not set", (across[0], up[0])), ("64", (across[1], up[1]))]
     assert (tmp_path / "latency.png").stat().st_size > 0
 
 

@@ -49,7 +49,12 @@ def test_help_tells_defaults_that_depend_on_the_mode(monkeypatch: pytest.MonkeyP
     """In brackets in the text itself, rich would take them for markup and leave them out."""
     monkeypatch.setenv("COLUMNS", "200")
     text = run("train", "--help").stdout
-    for default in ("adapter 5e-4, lora 1e-4, full 1e-5", "0.8, adapter 0", "adapter constant"):
+    for default in (
+        "adapter 5e-4, lora 1e-4, full 1e-5",
+        "0.8, adapter 0",
+        "adapter constant",
+        "adapter 0.8, its masks and full and lora 0.3",
+    ):
         assert default in text
 
 

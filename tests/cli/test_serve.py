@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -94,6 +95,42 @@ def test_the_config_is_printed_for_serve_deploy(
     (application,) = config["applications"]
     assert application["args"]["model"] == str(model)
     assert application["args"]["max_replicas"] == 4
+
+
+def test_every_option_is_in_the_config(
+    model: Path, tmp_path: Path, run: Callable[..., tuple[int, str, str]]
+) -> None:
+    """None of them is a default, and no two are alike."""
+    run("key", tmp_path / "keys", "search")
+    args: dict[str, Any] = {
+        "served_model_name": "my-model",
+        "min_replicas": 2,
+        "max_replicas": 5,
+        "target_ongoing_requests": 33.5,
+        "cpus_per_replica": 3.0,
+        "tensor_parallel_size": 4,
+        "max_ongoing_requests": 77,
+        "max_queued_requests": 88,
+        "request_timeout": 99.0,
+        "max_inputs": 111,
+        "max_body_mb": 1.5,
+        "api_keys": str(tmp_path / "keys"),
+        "engine": '{"max_model_len": 128}',
+    }
+    flags = [f"--{name.replace('_', '-')}" for name in args]
+    words = [word for pair in zip(flags, args.values(), strict=True) for word in pair]
+    code, out, err = run(
+        "serve", model, *words, "--host", "10.0.0.1", "--port", 8123, "--print-config"
+    )
+    assert code == 0, err
+    config = yaml.safe_load(out)
+    assert config["http_options"] == {"host": "10.0.0.1", "port": 8123}
+    (application,) = config["applications"]
+    args["model"] = str(model)
+    args["request_timeout_s"] = args.pop("request_timeout")
+    args["max_body_bytes"] = int(args.pop("max_body_mb") * (1 << 20))
+    args["engine"] = {"max_model_len": 128}
+    assert application["args"] == args
 
 
 def test_as_many_replicas_are_kept_as_there_may_be(

@@ -10,11 +10,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gem_vllm import cli
 from gem_vllm.commands.train import train
+from gem_vllm.training.model_card import option_words
 from gem_vllm.training.options import TrainOptions
 from gem_vllm.training.trainer import whole_checkpoints
 
@@ -147,6 +149,90 @@ def test_defaults_are_those_of_the_options() -> None:
         if default is not dataclasses.MISSING:
             # An option that can be given several times has the default None on a command line.
             assert command[name].default == (None if default == () else default), name
+
+
+# A value of each option that is no default, and no other option's value.
+TOLD: dict[str, Any] = {
+    "base": Path("base"),
+    "data": ("a.txt", "b.txt"),
+    "out": Path("/nowhere/gem"),
+    "mode": "lora",
+    "special_tokens": 3,
+    "pooling": "concat",
+    "instruction": " in a word:",
+    "text_field": "body",
+    "pairs": "pairs.jsonl",
+    "pairs_share": 0.31,
+    "held_out_pairs": "held-out.jsonl",
+    "patience": 4,
+    "steps": 500,
+    "batch_size": 16,
+    "max_tokens": 300,
+    "seed": 7,
+    "dtype": "bfloat16",
+    "raw_share": 0.61,
+    "reconstruction_share": 0.35,
+    "ntp_learning_rate": 2e-4,
+    "positives": "mix",
+    "drop_rate": 0.45,
+    "anchor_drop_rate": 0.15,
+    "span_share": 0.22,
+    "span_tokens": 40,
+    "cloze_share": 0.33,
+    "lexical_share": 0.12,
+    "teacher": Path("teacher"),
+    "stemmer": "german",
+    "scale": 30.0,
+    "symmetric": True,
+    "matryoshka": (8, 32),
+    "rows_per_pass": 5,
+    "packing": False,
+    "shard": True,
+    "contrastive_learning_rate": 3e-4,
+    "alpha_schedule": "linear",
+    "alpha": 0.9,
+    "alpha_steps": 11,
+    "warmup_share": 0.17,
+    "weight_decay": 0.02,
+    "max_grad_norm": 0.7,
+    "lora_rank": 6,
+    "lora_alpha": 9,
+    "lora_modules": "mlp",
+    "lora_last_layers": 2,
+    "save_every": 13,
+    "keep_checkpoints": 10,
+    "log_every": 12,
+}
+
+
+# Each excludes the other.
+@pytest.mark.parametrize(("left_out", "more"), [("shard", "resume"), ("teacher", "overwrite")])
+def test_every_option_is_passed_on(
+    left_out: str, more: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainOptions)}
+    assert TOLD.keys() == defaults.keys()
+    assert not [name for name, default in defaults.items() if TOLD[name] == default]
+    values = {name: value for name, value in TOLD.items() if name != left_out}
+    words = [
+        word
+        for name, value in values.items()
+        for each in (value if isinstance(value, tuple) else (value,))
+        for word in option_words(name, each)
+    ]
+    calls: list[tuple[TrainOptions, dict[str, bool]]] = []
+
+    def noted(options: TrainOptions, **flags: bool) -> Path:
+        calls.append((options, flags))
+        return options.out
+
+    monkeypatch.setattr("gem_vllm.training.run.train", noted)
+    monkeypatch.setattr(sys, "argv", ["gem-vllm", "train", *words, f"--{more}"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    flags = {name: name == more for name in ("resume", "overwrite")}
+    assert calls == [(TrainOptions(**values), flags)]
 
 
 def test_ctrl_c_leaves_a_checkpoint_to_continue_from(

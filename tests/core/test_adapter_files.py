@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, GenerationConfig
 
 from gem_vllm.checkpoint import (
     add_special_tokens,
@@ -41,6 +42,21 @@ def test_extract_and_apply_give_the_same_bytes(family, tiny_base, tiny_checkpoin
     for file in (path for path in folder.rglob("*") if path.is_file()):
         again = tmp_path / "again" / file.relative_to(folder)
         assert again.read_bytes() == file.read_bytes(), file
+
+
+def test_transformers_generates_no_special_token_of_a_base_without_a_generation_config(
+    tiny_base, tiny_checkpoint, tmp_path
+):
+    base = shutil.copytree(tiny_base("llama"), tmp_path / "base")
+    (base / "generation_config.json").unlink()
+    extract_adapter(tiny_checkpoint("llama"), tmp_path / "adapter")
+    apply_adapter(base, tmp_path / "adapter", tmp_path / "gem")
+    written = GenerationConfig.from_pretrained(tmp_path / "gem")
+    config = GemConfig.from_pretrained(tmp_path / "gem")
+    assert written.suppress_tokens == sorted(config.special_token_ids)
+    plain = GenerationConfig.from_model_config(AutoConfig.from_pretrained(base))
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        assert getattr(written, name) == getattr(plain, name)
 
 
 def test_embeddings_are_the_same(tiny_base, tiny_checkpoint, tmp_path):

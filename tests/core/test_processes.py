@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from gem_vllm import processes
@@ -30,6 +31,7 @@ time.sleep(600)
 OWNER = """
 import sys, time
 from gem_vllm.processes import process_group, terminated_like_interrupted
+print("begins", flush=True)
 with terminated_like_interrupted(), process_group([sys.executable, "-c", *sys.argv[1:]]):
     time.sleep(600)
 """
@@ -91,21 +93,31 @@ def test_an_ignored_signal_stays_ignored(tmp_path: Path) -> None:
         assert owner.wait(timeout=120) == 128 + signal.SIGTERM
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.05, 0.1, 0.2, 0.3])
-def test_ctrl_c_at_any_moment_leaves_nothing(delay: float, tmp_path: Path) -> None:
-    mark = f"mark-{os.getpid()}-{delay}"
+@pytest.mark.parametrize("delay", [0.0, 0.05, 0.1, 0.2, 0.3, None])
+def test_ctrl_c_at_any_moment_leaves_nothing(delay: float | None, tmp_path: Path) -> None:
+    """Seconds after the family is begun; None: once all of it is there."""
+    mark, pids = f"mark-{os.getpid()}-{delay}", list[int]()
     command = [sys.executable, "-c", OWNER, FAMILY, str(tmp_path / "pids"), mark]
-    with started(command) as owner:
-        time.sleep(delay)
+
+    def marked() -> int:
+        """How many processes have the mark in their command."""
+        return sum(
+            mark in (each.info["cmdline"] or ()) for each in psutil.process_iter(["cmdline"])
+        )
+
+    with started(command, stdout=subprocess.PIPE) as owner:
+        assert owner.stdout is not None
+        assert owner.stdout.readline() == b"begins\n"
+        if delay is None:
+            pids += pids_in(tmp_path / "pids")
+            assert marked() == 2, "the owner, and the family's first"
+        else:
+            time.sleep(delay)
         owner.send_signal(signal.SIGINT)
         owner.send_signal(signal.SIGINT)
-        owner.wait(timeout=120)
-
-    def left() -> bool:
-        listing = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)
-        return mark in listing.stdout
-
-    assert until(lambda: not left(), seconds=30)
+        assert owner.wait(timeout=120) == -signal.SIGINT
+    assert until(lambda: not marked(), seconds=30)
+    assert until(lambda: not any(map(alive, pids)), seconds=30)
 
 
 def test_output_goes_to_the_log(tmp_path: Path) -> None:

@@ -85,6 +85,11 @@ def test_prompts_dtypes_and_long_texts(
     )
     assert model.dtype == torch.bfloat16
     assert model.max_seq_length == 512 - 3 - 1
+    frequencies = [each for name, each in model.named_buffers() if name.endswith("inv_freq")]
+    assert {each.dtype for each in frequencies} == {torch.float32}
+    reference = ReferenceEmbedder(tiny_checkpoint("llama"), dtype=torch.bfloat16)
+    expected = reference.embed(TEXTS).numpy()
+    assert (model.encode(TEXTS) * expected).sum(axis=1).min() >= 0.999
     with_prompt = model.encode(["bread"], prompt="a query: ")
     np.testing.assert_array_equal(with_prompt, model.encode(["a query: bread"]))
     model.max_seq_length = 8

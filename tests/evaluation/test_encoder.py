@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import pytest
 import torch
 from mteb.models import EncoderProtocol
 from mteb.types import PromptType
+from transformers import AutoTokenizer
 
 from gem_vllm.checkpoint import load_base
 from gem_vllm.errors import GemError
@@ -90,12 +92,17 @@ def test_a_servers_vectors_are_in_the_order_of_the_texts(monkeypatch: pytest.Mon
 
 
 def test_mean_pooling_in_batches_is_that_of_each_text_alone(
-    tiny_base: Callable[..., Path],
+    tiny_base: Callable[..., Path], tmp_path: Path
 ) -> None:
-    base = tiny_base("gemma3")  # with a layer of a sliding window
+    # With a layer of a sliding window; and whatever the tokenizer's own side is.
+    base = shutil.copytree(tiny_base("gemma3"), tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.truncation_side = "left"
+    tokenizer.save_pretrained(base)
     model, tokenizer = load_base(base, dtype=torch.float32)
     texts = ["bread", "In 1969 the first people walked on the moon. " * 4, "an old stone bridge"]
     embedder = MeanEmbedder(base, 40)
+    assert embedder._tokenizer.truncation_side == "right"
     found = embedder.embed(texts)
     assert embedder.tokens == sum(min(40, len(tokenizer(text)["input_ids"])) for text in texts)
     for text, row in zip(texts, found, strict=True):

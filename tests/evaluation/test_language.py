@@ -5,12 +5,14 @@ from __future__ import annotations
 import gzip
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from lm_eval.api.instance import Instance
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gem_vllm.errors import GemError
@@ -24,6 +26,7 @@ from gem_vllm.evaluation.language_tasks import (
 )
 from tests.evaluation.conftest import MMLU_ROWS, write_rows
 from tests.plugin.conftest import running_engine
+from tests.tiny import make_tiny_tokenizer
 
 LENGTH = 64
 PAIRS = [
@@ -44,6 +47,25 @@ def base(tiny_base: Callable[..., Path]) -> Path:
 def lm(tiny_checkpoint: Callable[..., Path]) -> Iterator[EngineLM]:
     with running_engine(tiny_checkpoint("llama"), max_model_len=LENGTH) as llm:
         yield EngineLM(llm)
+
+
+def test_a_context_does_not_end_as_a_prompt_does() -> None:
+    """With a tokenizer that puts an EOS behind every prompt, a continuation would follow that."""
+    tokenizer = make_tiny_tokenizer(add_bos=True)
+    plain = tokenizer("the capital", add_special_tokens=False)["input_ids"]
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|start|> $A <|end|>", special_tokens=[("<|start|>", bos), ("<|end|>", eos)]
+    )
+    assert tokenizer("the capital")["input_ids"] == [bos, *plain, eos]
+    config = SimpleNamespace(max_model_len=LENGTH)
+    llm = SimpleNamespace(
+        get_tokenizer=lambda: tokenizer, llm_engine=SimpleNamespace(model_config=config)
+    )
+    assert EngineLM(llm).tok_encode("the capital") == [bos, *plain]
+    assert EngineLM(llm).tok_encode("the capital", add_special_tokens=False) == plain
+    context, continuation = EngineLM(llm)._encode_pair("the capital", " is")
+    assert (context, eos in continuation) == ([bos, *plain], False)
 
 
 class Reference:

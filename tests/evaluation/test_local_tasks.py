@@ -85,6 +85,17 @@ def retrieval(**changes: Any) -> dict:
     return {name: [row] for name, row in files.items()}
 
 
+@pytest.mark.parametrize(("text", "ignores"), [("a", True), ("another", False)])
+def test_a_query_that_is_a_document_does_not_find_itself(
+    text: str, ignores: bool, tmp_path: Path
+) -> None:
+    """As in ArguAna; an id that a query shares with another text is by chance."""
+    for name, (row,) in retrieval().items():
+        changed = {"text": text} if name == "corpus.jsonl" else {}
+        write_rows(tmp_path / "Task" / name, [{**row, **changed}])
+    assert local_task(tmp_path / "Task").ignore_identical_ids is ignores
+
+
 def summaries(**changes: Any) -> dict:
     row = {"text": "a", "human_summaries": ["a"], "machine_summaries": ["a", "b"]}
     return {"test.jsonl": [{**row, "relevance": [1.0, 2.0], **changes}]}

@@ -51,6 +51,7 @@ def short_options(base: Path, texts: Path, out: Path, **changes: Any) -> TrainOp
         "lora_alpha": 8,
         "save_every": 2,
         "dtype": "float32",
+        "drop_rate": 0.3,
     }
     return TrainOptions(base=base, data=(str(texts),), out=out, **{**short, **changes})
 

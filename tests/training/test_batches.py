@@ -73,6 +73,62 @@ def test_few_steps_are_contrastive_for_the_most_part(options: TrainOptions) -> N
         assert (short.alpha_schedule, short.alpha_steps) == ("step", first)
 
 
+def rows_of(batch: dict[str, torch.Tensor]) -> tuple[list[list[int]], list[list[int]]]:
+    """Token ids of a batch's anchors, and of their positives."""
+    lengths, count = batch["cl_lengths"].tolist(), int(batch["cl_pairs"])
+    rows = [row[:n].tolist() for row, n in zip(batch["cl_ids"], lengths, strict=True)]
+    return rows[:count], rows[count : 2 * count]
+
+
+def test_each_side_drops_its_own_share(make: Make) -> None:
+    whole = sum(len(text) for batch in make(add_bos=False) for text in rows_of(batch)[0])
+    found = [rows_of(batch) for batch in make(add_bos=False, drop_rate=0.7, anchor_drop_rate=0.2)]
+    for side, kept in ((0, 0.8), (1, 0.3)):
+        left = sum(len(row) for batch in found for row in batch[side])
+        assert left / whole == pytest.approx(kept, abs=0.05)
+
+
+def test_spans_are_no_longer_than_they_may_be(make: Make) -> None:
+    batches = make(add_bos=False, positives="spans", span_tokens=12)
+    lengths = torch.cat([batch["cl_lengths"] for batch in batches])
+    assert (int(lengths.min()), int(lengths.max())) == (8, 12)
+
+
+def test_cloze_pairs_are_a_span_and_the_rest(make: Make) -> None:
+    texts = [text for batch in make(add_bos=False) for text in rows_of(batch)[0]]
+    batches = map(rows_of, make(add_bos=False, positives="cloze"))
+    pairs = [pair for batch in batches for pair in zip(*batch, strict=True)]
+    parted = 0
+    for text, (query, rest) in zip(texts, pairs, strict=True):
+        starts = [n for n in range(len(text)) if text[n : n + len(query)] == query]
+        without = [text[:n] + text[n + len(query) :] for n in starts]
+        assert starts
+        assert rest == text or rest in without
+        parted += rest in without
+    assert parted > len(texts) / 10
+
+
+@pytest.mark.parametrize(
+    ("mode", "positives", "rate"),
+    [
+        ("adapter", "dropout", 0.8),
+        ("adapter", "mix", 0.8),
+        ("adapter", "masks", 0.3),
+        ("full", "dropout", 0.3),
+        ("full", "masks", 0.3),
+        ("lora", "dropout", 0.3),
+    ],
+)
+def test_an_adapters_positives_lose_more(
+    tmp_path: Path, mode: Any, positives: Any, rate: float
+) -> None:
+    files: dict[str, Any] = {"base": tmp_path, "data": ("texts.txt",), "out": tmp_path / "out"}
+    options = TrainOptions(**files, mode=mode, positives=positives)
+    assert options.drop_rate == rate
+    told = TrainOptions(**files, mode=mode, positives=positives, drop_rate=0.5)
+    assert told.drop_rate == 0.5
+
+
 @pytest.mark.parametrize("add_bos", [True, False])
 def test_rows_are_plain_prompts(make: Make, add_bos: bool) -> None:
     batches = make(add_bos=add_bos, max_tokens=20)

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import Stemmer
 import torch
@@ -24,6 +25,7 @@ from gem_vllm.training.lexical import (
     NEIGHBOURS,
     Neighbourhoods,
     WordVectors,
+    _largest,
 )
 from gem_vllm.training.losses import lexical_loss
 from gem_vllm.training.modes import embedding_model
@@ -57,6 +59,27 @@ def test_stems_are_one_word() -> None:
     for stemmer, shared in (("english", True), ("none", False)):
         similar = Neighbourhoods(TEXTS, stemmer).similarities(["bridge", "bridges"])
         assert bool(similar[0, 1] > 0.99) == shared
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("हिन्दी भाषा", ["हिन्दी", "भाषा"]),
+        ("日本語を話す、GPU", ["日本", "本語", "語を", "を話", "話す", "gpu"]),
+        ("ビール abc漢", ["ビー", "ール", "abc", "漢"]),
+        ("Don't_stop 3.5", ["don", "t_stop", "3", "5"]),
+    ],
+    ids=["marks", "no-spaces", "both", "latin"],
+)
+def test_what_words_are(text: str, words: list[str]) -> None:
+    assert WordVectors([text], "none")._words(text) == words
+
+
+def test_which_are_the_largest_does_not_depend_on_how_they_are_sorted() -> None:
+    values = np.random.default_rng(0).integers(0, 9, 500).astype(np.float32)
+    for count in (1, 40, 499, 500):
+        expected = sorted(range(500), key=lambda place: (-values[place], place))[:count]
+        assert _largest(values, count) == expected
 
 
 def test_a_neighbourhood_is_a_text_and_those_that_share_its_words() -> None:

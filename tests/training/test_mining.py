@@ -12,9 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from gem_vllm import cli
 from gem_vllm.errors import GemError
 from gem_vllm.serving.vectors import vector_columns
 from gem_vllm.training.mining import MineOptions, mine
+from gem_vllm.training.options import flag
 from gem_vllm.training.pairs import PairSource
 
 COUNT, SIZE = 90, 8
@@ -22,10 +24,15 @@ COUNT, SIZE = 90, 8
 
 @pytest.fixture
 def vectors(tmp_path: Path) -> Path:
-    """Ninety texts over two files, on an arc: those with near numbers are near; one has none."""
+    """Ninety texts over two files, on an arc: those with near numbers are near; one has none.
+
+    Their vectors' lengths say nothing, and are from 3 to 24.
+    """
     angles = np.linspace(0.0, 2.0, COUNT)
+    angles += 0.02 * angles**2  # the two neighbours on either side are not equally near
     circle = np.zeros((COUNT, SIZE), dtype=np.float32)
     circle[:, 0], circle[:, 1] = 3 * np.cos(angles), 3 * np.sin(angles)
+    circle *= 2.0 ** (np.arange(COUNT) % 4)[:, None]  # of powers of two nothing is rounded
     write(tmp_path / "vectors", "a.parquet", range(50), circle[:50])
     write(tmp_path / "vectors", "b.parquet", [3, *range(50, COUNT)], circle[[3, *range(50, COUNT)]])
     write(tmp_path / "vectors", "c.parquet", ["null"], [None])
@@ -88,6 +95,42 @@ def test_what_cannot_be_mined(
     with pytest.raises(GemError, match=message):
         mine(MineOptions(**values), lambda *done: None)
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_the_command_mines_as_it_is_told(
+    vectors: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """None of the options is a default."""
+    for file in sorted(vectors.iterdir()):
+        table = pq.read_table(file)
+        pq.write_table(table.rename_columns(["body", *table.column_names[1:]]), file)
+    told: dict[str, Any] = {
+        "text_column": "body",
+        "negatives": 3,
+        "range_min": 5,
+        "range_max": 20,
+        "seed": 6,
+    }
+    mine(MineOptions(vectors=vectors, out=tmp_path / "api.jsonl", **told), lambda *done: None)
+    words = [word for name, value in told.items() for word in (flag(name), str(value))]
+    out = tmp_path / "command.jsonl"
+    command = ["gem-vllm", "mine", str(vectors), "--out", str(out), *words]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    assert capsys.readouterr().out == f"{out}: {COUNT} texts with 3 negatives each\n"
+    assert out.read_text() == (tmp_path / "api.jsonl").read_text()
+    # Each of the options counts.
+    for name, value in told.items():
+        if name != "text_column":
+            other = tmp_path / f"{name}.jsonl"
+            changed = {**told, name: value + 1}
+            mine(MineOptions(vectors=vectors, out=other, **changed), lambda *done: None)
+            assert other.read_text() != out.read_text(), name
 
 
 def test_what_is_there_is_not_overwritten(vectors: Path, tmp_path: Path) -> None:

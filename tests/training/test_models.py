@@ -14,7 +14,7 @@ from gem_vllm.training.dense_model import DenseModel
 from gem_vllm.training.losses import info_nce, leading, pool
 from gem_vllm.training.model import GemTrainingModel
 from gem_vllm.training.sequences import IGNORE, next_token_targets, pad
-from tests.tiny import FAMILIES
+from tests.tiny import FAMILIES, WINDOWED
 from tests.training.models import K, make_model, random_texts
 from tests.training.oracle import (
     assert_near,
@@ -26,7 +26,7 @@ from tests.training.oracle import (
 )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, WINDOWED])
 def test_adapter_embeds_as_the_reference_does(
     tiny_base: Callable[..., Path], tmp_path: Path, family: str
 ) -> None:
@@ -38,7 +38,7 @@ def test_adapter_embeds_as_the_reference_does(
     torch.testing.assert_close(found, oracle.embed(texts), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, WINDOWED])
 def test_adapter_gradients_are_the_single_pass_ones(
     tiny_base: Callable[..., Path], tmp_path: Path, family: str
 ) -> None:
@@ -52,7 +52,7 @@ def test_adapter_gradients_are_the_single_pass_ones(
     assert_same_adapter_gradients(model, oracle)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, WINDOWED])
 def test_adapter_ntp_loss_and_gradients_are_the_single_pass_ones(
     tiny_base: Callable[..., Path], tmp_path: Path, family: str
 ) -> None:
@@ -109,7 +109,23 @@ def test_raw_text_alone_gives_the_adapter_nothing_to_learn(
     assert not special_rows(model.lm).grad.any()
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("contrastive", ["cl", "lex"])
+def test_the_parts_are_weighed_by_alpha(tiny_base: Callable[..., Path], contrastive: str) -> None:
+    model, _ = make_model(tiny_base(), AdapterModel)
+    texts, special = random_texts((9, 8, 12, 20)), list(model.special_ids)
+    ids, lengths = pad(texts)
+    ntp_ids, ntp_lengths = pad([[*text, *special, *text] for text in texts])
+    batch = {f"{contrastive}_ids": ids, f"{contrastive}_lengths": lengths}
+    if contrastive == "lex":
+        similar = torch.rand(4, 4, generator=torch.Generator().manual_seed(1))
+        batch["lex_similar"] = similar.fill_diagonal_(-torch.inf)
+    losses = model(torch.tensor(0.25), ntp_ids=ntp_ids, ntp_lengths=ntp_lengths, **batch)
+    assert losses.keys() == {"loss", "loss_ntp", f"loss_{contrastive}"}
+    expected = 0.75 * losses["loss_ntp"] + 0.25 * losses[f"loss_{contrastive}"]
+    torch.testing.assert_close(losses["loss"], expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", WINDOWED])
 def test_dense_forward_is_the_reference(
     tiny_base: Callable[..., Path], tmp_path: Path, family: str
 ) -> None:
@@ -268,15 +284,17 @@ def test_parts_of_a_batch_give_the_same_gradients_and_keep_nothing(
     assert twice - kept < (run(32, None)[2] - whole) / 8
 
 
-def test_negatives_of_labelled_pairs_count(tiny_base: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_negatives_of_labelled_pairs_count(tiny_base: Callable[..., Path], symmetric: bool) -> None:
     model, _ = make_model(tiny_base("llama"), AdapterModel)
+    model.symmetric = symmetric
     ids, lengths = pad(random_texts((31, 12, 5, 18, 9)))
     batch = {"alpha": torch.tensor(1.0), "cl_ids": ids, "cl_lengths": lengths}
     found = model(**batch, cl_pairs=torch.tensor(2))["loss"]
     pooled = pool(model.special_states(ids, lengths), "mean")
     anchors, positives, negatives = pooled[:2], pooled[2:4], pooled[4:]
     expected = info_nce(
-        anchors, positives, model.log_temperature, symmetric=False, negatives=negatives
+        anchors, positives, model.log_temperature, symmetric=symmetric, negatives=negatives
     )
     torch.testing.assert_close(found, expected)
 

@@ -12,7 +12,7 @@ from gem_vllm.training.adapter_model import AdapterModel
 from gem_vllm.training.dense_model import DenseModel
 from gem_vllm.training.packing import Packing
 from gem_vllm.training.sequences import pad
-from tests.tiny import FAMILIES
+from tests.tiny import FAMILIES, WINDOWED
 from tests.training.models import make_model, random_texts, step
 
 
@@ -91,7 +91,7 @@ def test_rows_under_a_dense_mask_come_in_few_sizes(longest: int) -> None:
     assert max(sizes) < 2 * min(sizes)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, WINDOWED])
 def test_packed_rows_give_the_same_losses_and_gradients(
     tiny_base: Callable[..., Path], family: str
 ) -> None:

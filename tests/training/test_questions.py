@@ -196,6 +196,9 @@ def test_the_engine_writes_as_the_model_does(
     options: QuestionOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Greedily, up to its end, behind the examples and the passage."""
+    # In this process, as `tests/plugin/conftest.py` has it, whatever other tests are collected.
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     # A random model ends no line; this it does write, if not of every passage.
     monkeypatch.setattr(module, "QUESTION_END", "it")
     writer = _Writer(options)

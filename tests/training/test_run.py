@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -19,8 +20,8 @@ from gem_vllm.config import GemConfig
 from gem_vllm.errors import GemError
 from gem_vllm.reference import ReferenceEmbedder
 from gem_vllm.training.losses import MAX_LOG_TEMPERATURE
-from gem_vllm.training.options import TrainOptions
-from gem_vllm.training.run import compute_dtype, join_processes, train, training_arguments
+from gem_vllm.training.options import TrainOptions, compute_dtype
+from gem_vllm.training.run import join_processes, make_trainer, train, training_arguments
 from gem_vllm.training.trainer import WHOLE, whole_checkpoints
 from gem_vllm.weights import EMBEDDING
 from tests.training.conftest import failing_at, losses, train_until
@@ -74,6 +75,37 @@ def test_the_lora_is_where_it_was_asked_for(options: TrainOptions) -> None:
         train(dataclasses.replace(options, lora_last_layers=9), overwrite=True, progress=False)
 
 
+def test_options_reach_what_trains(options: TrainOptions) -> None:
+    """None of these is the model's default, or transformers' own."""
+    options = dataclasses.replace(
+        options,
+        pooling="concat",
+        scale=30.0,
+        symmetric=True,
+        matryoshka=(8, 32),
+        rows_per_pass=3,
+        lora_rank=3,
+        lora_alpha=7,
+        weight_decay=0.03,
+        max_grad_norm=0.7,
+        save_every=5,
+        keep_checkpoints=4,
+        log_every=2,
+        seed=11,
+    )
+    trainer, *_ = make_trainer(options, progress=False)
+    model, arguments = trainer.model, trainer.args
+    assert (model.pooling, model.symmetric, model.matryoshka) == ("concat", True, (8, 32))
+    assert model.rows_per_pass == 3
+    assert model.log_temperature.item() == pytest.approx(math.log(30.0))
+    lora = model.lm.peft_config["default"]
+    assert (lora.r, lora.lora_alpha) == (3, 7)
+    assert (arguments.max_steps, arguments.per_device_train_batch_size) == (6, 8)
+    assert (arguments.weight_decay, arguments.max_grad_norm, arguments.seed) == (0.03, 0.7, 11)
+    assert (arguments.save_steps, arguments.save_total_limit, arguments.logging_steps) == (5, 4, 2)
+    assert trainer.create_optimizer().param_groups[0]["weight_decay"] == 0.03
+
+
 def test_an_instruction_is_trained_and_kept(options: TrainOptions) -> None:
     options = dataclasses.replace(options, steps=1, instruction=" In a word:")
     train(options, progress=False)
@@ -91,7 +123,8 @@ def test_matryoshka_sizes_are_in_the_checkpoint(options: TrainOptions) -> None:
     train(options, progress=False)
     config = GemConfig.from_pretrained(options.out)
     assert config.extra["matryoshka_dimensions"] == [8, 32]
-    assert "--matryoshka 8 --matryoshka 32" in (options.out / "README.md").read_text()
+    card = (options.out / "README.md").read_text().replace("\\\n    ", "")
+    assert "--matryoshka 8 --matryoshka 32" in card
     with pytest.raises(GemError, match="--matryoshka is over an embedding's size, which is 64"):
         train(dataclasses.replace(options, matryoshka=(65,)), overwrite=True, progress=False)
     other = dataclasses.replace(options, matryoshka=(65,), out=options.out.with_name("other"))
@@ -138,6 +171,19 @@ def test_bfloat16_only_where_a_gpu_computes_it(
     assert compute_dtype("auto") == (torch.bfloat16 if units else torch.float32)
 
 
+def weight_change(options: TrainOptions) -> torch.Tensor:
+    """float32 [n]: what a run added to its base's weights; of an adapter its B, from 0 on."""
+    if options.mode == "adapter":
+        lora = load_file(options.out / "gem_adapter" / "adapter_model.safetensors")
+        return torch.cat([lora[name].flatten() for name in sorted(lora) if ".lora_B." in name])
+    base, result = (
+        load_file(folder / "model.safetensors") for folder in (options.base, options.out)
+    )
+    return torch.cat(
+        [(result[name][: len(base[name])] - base[name]).flatten() for name in sorted(base)]
+    )
+
+
 @pytest.mark.parametrize("mode", ["adapter", "full", "lora"])
 def test_bfloat16_learns_the_same(options: TrainOptions, mode: Any) -> None:
     options = dataclasses.replace(options, mode=mode, dtype="bfloat16", steps=3, raw_share=0.5)
@@ -147,6 +193,9 @@ def test_bfloat16_learns_the_same(options: TrainOptions, mode: Any) -> None:
     train(full, progress=False)
     for name, values in losses(full).items():
         assert found[name] == pytest.approx(values, rel=0.1, abs=0.05)
+    learned, expected = weight_change(options), weight_change(full)
+    assert not torch.equal(learned, expected), "it is computed in another dtype"
+    assert torch.cosine_similarity(learned, expected, dim=0) > 0.8
 
 
 def test_adapter_comes_apart_and_together(options: TrainOptions, tmp_path: Path) -> None:
@@ -229,6 +278,37 @@ def test_an_option_that_is_newer_than_a_run_had_its_default_there(options: Train
     del recorded["span_tokens"]
     assert options.difference(recorded) == []
     assert dataclasses.replace(options, span_tokens=32).difference(recorded) == ["span_tokens"]
+
+
+def test_a_run_does_not_go_on_in_another_dtype(
+    options: TrainOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = dataclasses.replace(options, dtype="auto")
+    there = torch.float32 if compute_dtype("auto") == torch.bfloat16 else torch.bfloat16
+    with monkeypatch.context() as patch:
+        patch.setattr("gem_vllm.training.options.compute_dtype", lambda _: there)
+        recorded = options.bound()
+    assert options.difference(recorded) == ["dtype"]
+    assert options.difference(options.bound()) == []
+
+
+def test_temperature_and_special_tokens_do_not_decay(options: TrainOptions) -> None:
+    options = dataclasses.replace(options, weight_decay=0.1)
+    trainer, *_ = make_trainer(options, progress=False)
+    decaying = trainer.get_decay_parameter_names(trainer.model)
+    trained = {name for name, each in trainer.model.named_parameters() if each.requires_grad}
+    left_out = {name.rpartition(".")[2] for name in trained.difference(decaying)}
+    assert left_out == {"log_temperature", "default"}  # PEFT's name of special tokens' rows
+    assert {name.rpartition(".lora_")[2] for name in trained.intersection(decaying)} == {
+        "A.default.weight",
+        "B.default.weight",
+    }
+
+
+def test_an_instruction_is_told_to_the_model(options: TrainOptions) -> None:
+    options = dataclasses.replace(options, mode="full", instruction=" in one word:")
+    trainer, _, gem_config = make_trainer(options, progress=False)
+    assert trainer.model.instruction_tokens == len(gem_config.instruction_ids) > 0
 
 
 def test_steps_of_a_schedule_that_has_none_do_not_differ(options: TrainOptions) -> None:

@@ -57,7 +57,7 @@ def test_spans_are_of_the_text_and_of_all_lengths() -> None:
 
 def test_a_cloze_pair_is_a_short_span_and_what_is_around_it() -> None:
     content, rng = list(range(1000, 1400)), random.Random(0)
-    left_in = 0
+    left_in, beside = 0, list[tuple[int, int]]()
     for _ in range(2000):
         query, rest = cloze_pair(content, rng)
         assert 8 <= len(query) <= 32
@@ -66,9 +66,13 @@ def test_a_cloze_pair_is_a_short_span_and_what_is_around_it() -> None:
         assert len(rest) <= 192
         near = {*rest, *query}
         assert near == set(range(min(near), max(near) + 1)), "one stretch of the text"
+        assert len(near) == 192, "up to the stated maximum, the span included"
         assert set(query) <= set(rest) or set(query).isdisjoint(rest)
         left_in += set(query) <= set(rest)
+        beside.append((query[0] - min(near), max(near) - query[-1]))
     assert 100 < left_in < 300
+    assert sum(min(sides) > 0 for sides in beside) > 1800, "the rest is on both sides"
+    assert min(map(max, zip(*beside, strict=True))) > 150, "the span may be anywhere in it"
     short = cloze_pair([1, 2, 3, 4, 5, 6, 7, 8, 9], rng)
     assert short[1] == [1, 2, 3, 4, 5, 6, 7, 8, 9], "too little would be left"
 
@@ -150,6 +154,17 @@ def test_padding_and_loss_mask() -> None:
         # Of the run, the last alone predicts: where the suffix starts.
         [10, 11, x, x, x, 12, 13, x],
         [20, 21, x, x, x, x, x, x],
+    ]
+
+
+def test_an_instruction_is_never_a_target() -> None:
+    """Nor does the text's last token predict it; raw texts, without one, are as they were."""
+    token_ids, lengths = pad([[1, 10, 11, 7, 8, *SPECIAL, 10, 11], [1, 7, 8, 20], [7, 8, *SPECIAL]])
+    x = IGNORE
+    assert next_token_targets(token_ids, lengths, SPECIAL, 2).tolist() == [
+        [10, 11, x, x, x, x, x, 10, 11, x],
+        [7, 8, 20, *[x] * 7],
+        [x] * 10,
     ]
 
 
