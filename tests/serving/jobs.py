@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import torch
 
 from gem_vllm.reference import ReferenceEmbedder
-from gem_vllm.serving.manifest import ERRORS
+from gem_vllm.serving.manifest import DONE, ERRORS
 from gem_vllm.serving.options import ReplicaOptions
 from gem_vllm.tokens import load_tokenizer
 
@@ -47,6 +47,10 @@ def errors_of(output: str) -> list[dict[str, Any]]:
     return [row for part in parts for row in pq.read_table(part).to_pylist()]
 
 
+def finished_shards(output: Path) -> int:
+    return len(list((output / DONE).glob("[0-9]*.json")))
+
+
 def reference(model: Path, texts: list[str]) -> torch.Tensor:
     tokenizer = load_tokenizer(model)
     return ReferenceEmbedder(model).embed([tokenizer(text)["input_ids"] for text in texts])
@@ -56,6 +60,22 @@ def reference(model: Path, texts: list[str]) -> torch.Tensor:
 def reference_of_rows(model: Path, count: int) -> torch.Tensor:
     """The reference's vectors of the rows of `jsonl`."""
     return reference(model, [sentence(i) for i in range(count)])
+
+
+def reference_answers(model: Path, prompts: list[str], max_tokens: int) -> tuple[list[str], int]:
+    """The reference's greedy answers to prompts, each a chat; and the tokens of both together."""
+    embedder = ReferenceEmbedder(model)
+    tokenizer, answers, tokens = embedder.tokenizer, list[str](), 0
+    for prompt in prompts:
+        chat = [{"role": "user", "content": prompt}]
+        spelled = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(spelled, add_special_tokens=False)["input_ids"]
+        new = embedder.generate(ids, max_tokens)
+        # As the engine, which gives out no character whose bytes are not all there.
+        said = (tokenizer.decode(new[:n], skip_special_tokens=True) for n in range(len(new), 0, -1))
+        answers.append(next((text for text in said if not text.endswith("\ufffd")), ""))
+        tokens += len(ids) + len(new)
+    return answers, tokens
 
 
 def agreement(embeddings: pa.ChunkedArray, expected: torch.Tensor) -> float:

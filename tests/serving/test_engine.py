@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -60,3 +63,34 @@ def test_a_request_that_gets_no_answer_is_told_so(
     (future,) = WithBrokenEngine(error).embed(["a river"])
     with pytest.raises(told, match=message):
         future.result(timeout=120)
+
+
+def outcome(call: Callable[[], Any]) -> Any:
+    """What a call that may wait for ever gives or raises."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future.result(timeout=120)
+
+
+def test_rows_that_are_refused_give_their_room_back() -> None:
+    """Three times as many as there is room for."""
+    engine = WithBrokenEngine(ValueError("too long"))
+    futures = outcome(lambda: engine.embed(["a river"] * 30))
+    assert len(futures) == 30
+    for future in futures:
+        with pytest.raises(BadRow, match=r"^too long$"):
+            future.result(timeout=120)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no memory"), None])
+def test_who_waits_for_room_is_told_of_a_failure(error: Exception | None) -> None:
+    engine = WithBrokenEngine(error)
+    with pytest.raises(JobError, match=r"^the engine failed: "):
+        outcome(lambda: engine.embed(["a river"] * 30))

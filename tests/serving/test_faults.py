@@ -17,21 +17,18 @@ from raylets import is_replica, kill, raylets
 
 from gem_vllm import cli
 from gem_vllm.serving.manifest import DONE
-from tests.serving.jobs import check_all_rows, embed_command, jsonl, running, wait_for
+from tests.serving.jobs import (
+    check_all_rows,
+    embed_command,
+    finished_shards,
+    jsonl,
+    running,
+    wait_for,
+)
+from tests.serving.processes import replicas_of, standing_still
 
 # Seconds of work after the engine's start, so that a kill after the first shards is in the middle.
 ROWS = 4000
-
-
-def replicas_of(driver: psutil.Process) -> list[psutil.Process]:
-    try:
-        return [process for process in driver.children(recursive=True) if is_replica(process)]
-    except psutil.NoSuchProcess:
-        return []
-
-
-def finished_shards(output: Path) -> int:
-    return len(list((output / DONE).glob("[0-9]*.json")))
 
 
 def test_a_replica_that_dies_again_and_again_ends_the_job(model: Path, tmp_path: Path) -> None:
@@ -66,12 +63,8 @@ def disturbed(
         wait_for(lambda: finished_shards(output) >= before + 2)
         everything = driver.children(recursive=True)
         replicas = [process for process in everything if is_replica(process)]
-        for replica in replicas:
-            replica.suspend()
-        disturb(driver, replicas)
-        for replica in replicas:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                replica.resume()
+        with standing_still(replicas):
+            disturb(driver, replicas)
         printed, _ = process.communicate(timeout=600)
     wait_for(lambda: not any(is_replica(process) for process in everything))
     return process.returncode, printed

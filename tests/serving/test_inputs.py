@@ -6,6 +6,7 @@ import gzip
 import json
 import shutil
 from argparse import Namespace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,8 @@ def test_any_range_of_rows(numbered: Path, start: int, stop: int) -> None:
     chunks = read_all(numbered, ["text"], start, stop)
     assert texts(chunks) == [f"text {i}".encode() for i in range(start, stop)]
     assert chunks[0].start == start
+    behind = accumulate((len(chunk) for chunk in chunks), initial=start)
+    assert [*(chunk.start for chunk in chunks), stop] == list(behind)
     assert all(len(chunk) <= CHUNK_ROWS and not chunk.problems for chunk in chunks)
 
 

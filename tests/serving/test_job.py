@@ -19,6 +19,7 @@ from gem_vllm.serving.job import run_embed_job
 from gem_vllm.serving.manifest import DONE
 from gem_vllm.serving.options import EmbedOptions, ReplicaOptions
 from gem_vllm.serving.processor import EmbedProcessorConfig, build_embed_processor
+from gem_vllm.tokens import load_tokenizer
 from tests.serving.jobs import (
     ENGINE,
     REPLICAS,
@@ -26,6 +27,7 @@ from tests.serving.jobs import (
     errors_of,
     jsonl,
     reference,
+    reference_answers,
     sentence,
     table_of,
 )
@@ -50,6 +52,12 @@ def test_vectors_are_the_references_in_the_inputs_order(model: Path, tmp_path: P
     assert table["text"].to_pylist() == [sentence(i) for i in range(150)]
     assert agreement(table["embedding"], reference(model, table["text"].to_pylist())) >= 0.9999
     assert all(isinstance(text, str) for text in table["generated"].to_pylist())
+    answers, tokens = reference_answers(
+        model, [f"Say {sentence(i)} in one word." for i in range(150)], options.max_tokens
+    )
+    assert table["generated"].to_pylist() == answers
+    texts = load_tokenizer(model)(table["text"].to_pylist())["input_ids"]
+    assert summary["tokens"] == tokens + sum(map(len, texts))
     assert (summary["rows_in"], summary["rows_embedded"], summary["shards"]) == (150, 150, 4)
     assert reports[-1]["rows_done"] == reports[-1]["rows"] == 150
     metadata = pq.read_schema(Path(options.output) / "part-00000.parquet").metadata
@@ -91,6 +99,8 @@ def test_bad_rows_are_reported_and_the_counts_add_up(
         output=str(tmp_path / "out"),
         id_column="id",
         dtype="float16",
+        generate="Say {text} in one word.",
+        max_tokens=3,
         on_error=on_error,
     )
     if on_error == "skip":  # after a run that may have none, which ends with the first
@@ -110,6 +120,10 @@ def test_bad_rows_are_reported_and_the_counts_add_up(
     good = table.filter(pa.array([not none for none in missing]))
     assert good["id"].to_pylist() == list(range(100, 120))
     assert agreement(good["embedding"], reference(model, [sentence(i) for i in range(20)])) > 0.999
+    # Of a row that is bad there is neither; the others have their own.
+    assert [answer is None for answer in table["generated"].to_pylist()] == missing
+    prompts = [f"Say {sentence(i)} in one word." for i in range(20)]
+    assert good["generated"].to_pylist() == reference_answers(model, prompts, 3)[0]
 
 
 @pytest.mark.usefixtures("cluster")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 
 from gem_vllm.errors import GemError
 from gem_vllm.serving.columnar import Extent
+from gem_vllm.serving.errors import JobError
 from gem_vllm.serving.inputs import InputFile
 from gem_vllm.serving.manifest import DONE, PLAN, OutputFolder
 from gem_vllm.serving.plan import Plan, fingerprint, make_plan
@@ -158,6 +161,26 @@ def test_files_are_written_whole_or_not_at_all(url: str, tmp_path: Path) -> None
     assert [name.rsplit("/", 1)[-1] for name in left] == ["00003.json"]
     folder.fs.rm(f"{folder.path}/part-00003.parquet")
     assert folder.finished() == {}
+
+
+@pytest.mark.parametrize("url", ["{tmp}/out", "memory://full-{name}"])
+def test_a_disk_that_is_full_is_told_of_and_nothing_is_left(url: str, tmp_path: Path) -> None:
+    folder = OutputFolder(url.format(tmp=tmp_path, name=tmp_path.name))
+    folder.write_json(f"{DONE}/00000.json", {})
+    scraps: list[Path] = []
+
+    def fill_up() -> None:
+        with folder.writing("part-00001.parquet") as path:
+            scraps.append(Path(path))
+            scraps[0].write_text("half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    told = r"cannot be written: .*No space left on device\. Mend that, and run the same command"
+    with pytest.raises(JobError, match=f"^{folder.url} {told}"):
+        fill_up()
+    assert not scraps[0].exists()
+    left = [name.rsplit("/", 1)[-1] for name in folder.fs.find(folder.path)]
+    assert left == ["00000.json"]
 
 
 def test_scraps_of_killed_writers_are_removed(tmp_path: Path) -> None:

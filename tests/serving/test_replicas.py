@@ -10,12 +10,14 @@ from typing import Any
 from urllib.error import URLError
 from urllib.request import urlopen
 
+import psutil
 import pytest
 import ray
 
 from gem_vllm.serving.job import run_embed_job
 from gem_vllm.serving.options import EmbedOptions
-from tests.serving.jobs import REPLICAS, check_all_rows, jsonl, wait_for
+from tests.serving.jobs import REPLICAS, check_all_rows, finished_shards, jsonl, wait_for
+from tests.serving.processes import replicas_of, standing_still
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -43,7 +45,7 @@ def test_two_workers_share_a_replicas_model(
 def test_a_second_replica_is_started_where_there_is_work_and_metrics_tell_of_it(
     model: Path, tmp_path: Path
 ) -> None:
-    rows = 24_000
+    rows = 12_000
     options = options_of(model, tmp_path, rows, 200)
     reports: list[dict[str, Any]] = []
     one_or_two = replace(REPLICAS, min_replicas=1, max_replicas=2)
@@ -51,20 +53,38 @@ def test_a_second_replica_is_started_where_there_is_work_and_metrics_tell_of_it(
     url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
 
     names = {f"ray_gem_job_{name}_total" for name in ("rows", "embedded", "tokens")}
+    found: dict[str, float] = {}
 
-    def metrics() -> dict[str, float]:
+    def told_by_metrics() -> bool:
+        """Whether all are there; ``found`` has their sums over the replicas."""
+        found.clear()
         try:
             with urlopen(url) as answer:
                 lines = answer.read().decode().splitlines()
         except URLError:  # The node's exporter is not up yet.
-            return {}
-        of_job = [line for line in lines if f'output="{options.output}"' in line]
-        return {line.split("{")[0]: float(line.rsplit(" ", 1)[1]) for line in of_job}
+            return False
+        for line in lines:
+            if f'output="{options.output}"' in line:
+                name, value = line.split("{")[0], float(line.rsplit(" ", 1)[1])
+                found[name] = found.get(name, 0) + value
+        return set(found) == names
+
+    def see_two_at_work(report: dict[str, Any]) -> None:
+        """However fast one is: it stands still until the other has done something, too."""
+        reports.append(report)
+        if len(reports) > 1:
+            return
+        driver, output = psutil.Process(), Path(options.output)
+        with standing_still(replicas_of(driver)):
+            wait_for(lambda: len(replicas_of(driver)) == 2)
+        for replica in replicas_of(driver):
+            with standing_still([replica]):
+                before = finished_shards(output)
+                wait_for(lambda before=before: finished_shards(output) > before)
 
     with ThreadPoolExecutor(1) as thread:
-        job = thread.submit(run_embed_job, options, one_or_two, reports.append)
-        wait_for(lambda: set(metrics()) == names or job.done())
-        found = metrics()
+        job = thread.submit(run_embed_job, options, one_or_two, see_two_at_work)
+        wait_for(lambda: told_by_metrics() or job.done())
         summary = job.result()
     replicas = [report["replicas"] for report in reports]
     assert (replicas[0], max(replicas)) == (1, 2)

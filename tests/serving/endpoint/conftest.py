@@ -89,6 +89,11 @@ class Endpoint:
         """The processes of the engines' replicas."""
         return [p for p in self.process.children(recursive=True) if ":GemServer:" in title(p)]
 
+    def engines(self) -> list[psutil.Process]:
+        """The processes of the engines themselves, which their replicas have started."""
+        below = [p for replica in self.replicas() for p in replica.children(recursive=True)]
+        return [p for p in below if "EngineCore" in title(p)]
+
 
 def title(process: psutil.Process) -> str:
     try:

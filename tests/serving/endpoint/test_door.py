@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -67,20 +67,29 @@ def application() -> Application:
     return Application()
 
 
+@pytest.fixture
+def gauges() -> dict[str, list[float]]:
+    """What each gauge was set to, one value behind the other, by its name and its task."""
+    return defaultdict(list)
+
+
 @pytest.fixture(autouse=True)
-def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, str]]:
-    """Requests by task and status, instead of Ray's metrics."""
+def counted(
+    monkeypatch: pytest.MonkeyPatch, gauges: dict[str, list[float]]
+) -> Iterator[Counter[tuple[str, str]]]:
+    """Requests by task and status, instead of Ray's metrics; none is open at the end."""
     counts: Counter[tuple[str, str]] = Counter()
 
     class Metric:
         def __init__(self, name: str, *_: Any, **__: Any) -> None:
-            pass
+            self._name = name
 
         def inc(self, _: int, tags: dict[str, str]) -> None:
             counts[tags["task"], tags["code"]] += 1
 
         def set(self, value: float, tags: dict[str, str] | None = None) -> None:
             assert value >= 0
+            gauges[" ".join((self._name, *(tags or {}).values()))].append(value)
 
         def observe(self, value: float, tags: dict[str, str]) -> None:
             assert value >= 0
@@ -89,7 +98,10 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, str]]:
         monkeypatch.setattr(metrics, name, Metric)
     monkeypatch.setattr(door_module, "Gauge", Metric)
     monkeypatch.setattr(door_module, "ABORT_GRACE_S", 0.1)
-    return counts
+    before = metrics.open_requests()
+    yield counts
+    assert metrics.open_requests() == before
+    assert {name: values[-1] for name, values in gauges.items()} == dict.fromkeys(gauges, 0)
 
 
 @pytest.fixture
@@ -272,6 +284,7 @@ def test_an_answer_that_takes_too_long_is_504(ask: Ask, key: dict[str, str]) -> 
     answer = asyncio.run(run())
     assert answer.status_code == 504
     assert int(answer.headers["retry-after"]) >= 1
+    assert answer.json()["error"]["type"] == "server_error"
 
 
 @pytest.mark.parametrize("kind", ["application/json", "text/event-stream"])
@@ -334,7 +347,12 @@ def test_vllm_is_told_of_an_end_whoever_makes_it(
     assert heard == ["http.request", "http.disconnect"]
 
 
-def test_only_so_many_are_worked_on_and_wait(counted: Counter[tuple[str, str]]) -> None:
+def test_only_so_many_are_worked_on_and_wait(
+    counted: Counter[tuple[str, str]],
+    gauges: dict[str, list[float]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(metrics, "_seconds", 2.1)
     working = most = 0
     go_on = asyncio.Event()
 
@@ -352,7 +370,10 @@ def test_only_so_many_are_worked_on_and_wait(counted: Counter[tuple[str, str]]) 
             tasks = [asyncio.create_task(client.post("/v1/completions", json={})) for _ in range(8)]
             places = LIMITS.max_ongoing_requests + LIMITS.max_queued_requests
             for answer in islice(asyncio.as_completed(tasks), len(tasks) - places):
-                assert (await answer).status_code == 429
+                refused = await answer
+                assert refused.status_code == 429
+                assert refused.headers["retry-after"] == "3"
+                assert refused.json()["error"]["type"] == "rate_limit_error"
             go_on.set()
             return [(await task).status_code for task in tasks]
 
@@ -360,6 +381,25 @@ def test_only_so_many_are_worked_on_and_wait(counted: Counter[tuple[str, str]]) 
     assert sorted(statuses) == [200] * 5 + [429] * 3
     assert most == LIMITS.max_ongoing_requests
     assert counted["generate", "429"] == 3
+    assert max(gauges["gem_requests_waiting"]) == LIMITS.max_queued_requests
+    assert max(gauges["gem_requests_in_progress generate"]) >= statuses.count(200)
+
+
+def test_only_what_was_computed_tells_when_to_come_back(
+    ask: Ask, key: dict[str, str], application: Application, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noted: list[float] = []
+    monkeypatch.setattr(metrics, "_note_seconds", noted.append)
+    assert ask("GET", "/ping").status_code == 200
+    assert ask("POST", "/tokenize", headers=key, json={}).status_code == 200
+    assert ask("POST", "/v1/embeddings", json={}).status_code == 401
+    application.error = ValueError("no")
+    assert ask("POST", "/v1/embeddings", headers=key, json={}).status_code == 500
+    assert noted == []
+    application.error = None
+    for route in ("/v1/embeddings", "/v1/completions"):
+        assert ask("POST", route, headers=key, json={}).status_code == 200
+    assert len(noted) == 2
 
 
 def test_where_the_queue_is_full_a_body_is_not_waited_for() -> None:
@@ -439,6 +479,7 @@ def test_a_door_that_is_closed_lets_nobody_in(
         assert answer.status_code == 503
         assert int(answer.headers["retry-after"]) >= 1
         assert "shutting down" in answer.json()["error"]["message"]
+        assert answer.json()["error"]["type"] == "server_error"
     assert application.taken == []
 
 

@@ -25,6 +25,7 @@ from gem_vllm.reference import ReferenceEmbedder
 from gem_vllm.serving.endpoint.keys import new_key
 from gem_vllm.tokens import load_tokenizer
 from tests.serving.endpoint.conftest import LONG, Endpoint, running_endpoint, wait_until
+from tests.serving.processes import standing_still
 
 # Of each replica.
 WORKING, QUEUED = 6, 6
@@ -235,17 +236,34 @@ def test_a_request_may_only_be_so_large(endpoint: Endpoint) -> None:
 
 
 def test_what_takes_too_long_is_ended(endpoint: Endpoint) -> None:
-    def complete(stream: bool) -> httpx.Response:
-        return endpoint.post("/v1/completions", **long_completion(0, stream=stream))
+    """However fast the engines are: once the stream has begun, they stand still."""
+    lines: list[str] = []
+
+    def stream() -> httpx.Response:
+        body = long_completion(0, stream=True)
+        with (
+            endpoint.http() as client,
+            client.stream("POST", "/v1/completions", json=body) as answer,
+        ):
+            for line in answer.iter_lines():
+                if line:
+                    lines.append(line)
+            return answer
 
     before = endpoint.requests("generate", 504)
+    engines = endpoint.engines()
+    assert len(engines) == 2
     with ThreadPoolExecutor(2) as pool:
-        whole, streamed = pool.map(complete, (False, True))
+        asked = pool.submit(endpoint.post, "/v1/completions", **long_completion(0))
+        began = pool.submit(stream)
+        wait_until(lambda: lines or began.done(), "the stream begins")
+        with standing_still(engines):
+            whole, streamed = asked.result(), began.result()
     assert whole.status_code == 504
     assert int(whole.headers["retry-after"]) >= 1
     assert "took longer than 20 s" in whole.json()["error"]["message"]
     assert streamed.status_code == 200
-    *tokens, error, done = (line for line in streamed.text.splitlines() if line)
+    *tokens, error, done = lines
     assert 0 < len(tokens) < LONG
     assert "took longer than 20 s" in json.loads(error.removeprefix("data: "))["error"]["message"]
     assert done == "data: [DONE]"
@@ -400,5 +418,6 @@ def test_an_endpoint_that_is_to_stop_answers_what_it_has_taken(endpoint: Endpoin
             assert '"error"' not in text
     assert endpoint.process.wait(timeout=60) == 0
     assert endpoint.log.read_text().splitlines()[-1] == "stopped"
+    assert "not all requests were answered" not in endpoint.log.read_text()
     _, alive = psutil.wait_procs(everything, timeout=10)
     assert not alive
