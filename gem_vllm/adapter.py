@@ -16,7 +16,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from gem_vllm.config import (
     SUPPORTED_ARCHITECTURES,
@@ -40,7 +40,6 @@ ADAPTER_FOLDER = "gem_adapter"
 
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
-_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _LORA = (".lora_A.weight", ".lora_B.weight")
 _ROWS = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
 
@@ -235,7 +234,10 @@ def write_configs(
     if generation_config.is_file():
         generation = read_json(generation_config)
     else:
-        generation = {name: config[name] for name in _TOKEN_IDS if config.get(name) is not None}
+        plain = GenerationConfig.from_model_config(
+            AutoConfig.from_pretrained(generation_config.parent)
+        )
+        generation = plain.to_diff_dict()
     suppressed = {*(generation.get("suppress_tokens") or []), *gem_config.special_token_ids}
     generation["suppress_tokens"] = sorted(suppressed)
     generation.pop("_from_model_config", None)

@@ -107,6 +107,8 @@ def command_line(options: TrainOptions) -> str:
     )
     left_out = {"base", "data", "pairs", "held_out_pairs", "teacher", *FREE_ON_RESUME}
     always = {"mode", "steps"}
+    if options.positives == "masks":
+        always.add("drop_rate")  # whose default is another there
     if options.held_out_pairs is not None:
         left_out -= {"save_every", "patience"}  # which checkpoints there are to choose from
     for field in dataclasses.fields(options):

@@ -152,10 +152,13 @@ class TrainOptions:
     def difference(self, recorded: dict[str, Any]) -> list[str]:
         """Names of the options in which a run that recorded `bound` differs.
 
-        An option that is newer than the run had its default there.
+        An option that is newer than the run had its default there. Which dtype "auto" was, was not
+        told once.
         """
         now = self.bound()
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        if recorded.get("dtype") == "auto":
+            recorded = {**recorded, "dtype": now["dtype"]}
         return [name for name in now if now[name] != recorded.get(name, defaults[name])]
 
     def _check(self) -> None:

@@ -80,7 +80,7 @@ def train(
         state.wait_for_everyone()
         start = next(reversed(whole_checkpoints(options.run_folder)), None)
         step = 0 if start is None else int(start.name.rpartition("-")[2])
-        _check_same(step, options, trainer.args.device)
+        _check_same_step(step, options, trainer.args.device)
         trainer.train_dataset.start_step = step
         trainer.train(resume_from_checkpoint=None if start is None else str(start))
         trained = trainer.trained_state()
@@ -149,6 +149,7 @@ def make_trainer(
     training_model = build_model(model, special_ids, options)
     training_model.instruction_tokens = len(batches.template.instruction)
     arguments = training_arguments(options, bf16=dtype == torch.bfloat16)
+    _check_same_dtype(dtype, arguments.device)
     if options.teacher is not None:
         training_model.teacher = load_teacher(
             options.teacher,
@@ -312,20 +313,19 @@ def _start_run(options: TrainOptions, *, resume: bool) -> None:
         print(f"{run}: continuing from {where}", file=sys.stderr)
 
 
-def _check_same(step: int, options: TrainOptions, device: torch.device) -> None:
-    """GemError in a process that would train otherwise than another.
-
-    It does not see the checkpoint that the other goes on from, or computes in another dtype.
-    """
-    if peers.count() == 1:
-        return
-    if (newest := peers.largest(step, device)) != step:
+def _check_same_step(step: int, options: TrainOptions, device: torch.device) -> None:
+    """GemError in a process that does not see the checkpoint that another goes on from."""
+    if peers.count() > 1 and (newest := peers.largest(step, device)) != step:
         raise GemError(
             f"process {peers.rank()} finds no checkpoint of step {newest} in "
             f"{options.run_folder}; all processes have to share that folder"
         )
-    bits = torch.finfo(compute_dtype(options.dtype)).bits
-    if peers.largest(bits, device) != bits:
+
+
+def _check_same_dtype(dtype: torch.dtype, device: torch.device) -> None:
+    """GemError in a process that has units for bfloat16, where another has none."""
+    bits = torch.finfo(dtype).bits
+    if peers.count() > 1 and peers.largest(bits, device) != bits:
         raise GemError(
             f"process {peers.rank()} computes in bfloat16, and another has no units for it; give "
             "--dtype float32, or bfloat16, to all"

@@ -83,8 +83,8 @@ def next_token_targets(
 
     The loss mask: where the label is a special token (or padding) nothing is predicted. So of a run
     only the last special token predicts: the suffix's first token, from which decoding from special
-    tokens alone starts (appendix B). Nor is the instruction predicted, of so many tokens in front
-    of a run: no text goes on with it.
+    tokens alone starts (appendix B). Nor are the ``instruction_tokens`` in front of a run: no text
+    goes on with an instruction.
     """
     targets = torch.full_like(token_ids, IGNORE)
     targets[:, :-1] = token_ids[:, 1:]

@@ -51,8 +51,8 @@ def evaluate(
     limit: Annotated[
         int | None,
         typer.Option(
-            help="So many rows or queries of each --local task, and documents of --mmlu and "
-            "--perplexity, for a quick look."
+            help="So many rows or queries of each --local task, questions of each subject of "
+            "--mmlu and documents of --perplexity, for a quick look."
         ),
     ] = None,
     engine: Annotated[

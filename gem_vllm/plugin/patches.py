@@ -165,6 +165,7 @@ def _patch_reserved_token_ids() -> None:
     from vllm.v1.engine.input_processor import InputProcessor
 
     from gem_vllm.plugin.validation import (
+        bounded_kwargs,
         check_request,
         is_from_text,
         is_rendered,
@@ -177,20 +178,23 @@ def _patch_reserved_token_ids() -> None:
     )
     signature = inspect.signature(original)
 
-    def cut_at_the_end(*args: Any, **kwargs: Any) -> inspect.BoundArguments:
+    def cut_at_the_end(
+        self: Any, gem_config: GemConfig, *args: Any, **kwargs: Any
+    ) -> inspect.BoundArguments:
         """What a text that no renderer has seen is embedded with, as `embedding-inputs` has it."""
-        bound = signature.bind(*args, **kwargs)
+        bound = signature.bind(self, *args, **kwargs)
         if isinstance(bound.arguments["params"], PoolingParams):
             refuse_empty_text(bound.arguments["prompt"])
-            given = bound.arguments.get("tokenization_kwargs") or {}
-            bound.arguments["tokenization_kwargs"] = {"truncation_side": "right", **given}
+            limit = gem_config.max_text_tokens(self.model_config.max_model_len)
+            given = bound.arguments.get("tokenization_kwargs")
+            bound.arguments["tokenization_kwargs"] = bounded_kwargs(given, limit)
         return bound
 
     @functools.wraps(original)
     def process_inputs(self: Any, request_id: str, prompt: Any, *args: Any, **kwargs: Any) -> Any:
         gem_config = _remembered(self)
         if gem_config is not None and not is_rendered(prompt):
-            bound = cut_at_the_end(self, request_id, prompt, *args, **kwargs)
+            bound = cut_at_the_end(self, gem_config, request_id, prompt, *args, **kwargs)
             request = original(*bound.args, **bound.kwargs)
         else:
             request = original(self, request_id, prompt, *args, **kwargs)
@@ -540,7 +544,8 @@ LEDGER = (
         ".make_request_output",
         why="An engine that is paused or put to sleep aborts what it works on; an aborted "
         "embedding fails an assertion in the loop that hands out answers: all requests fail, and "
-        "the server ends. One that is aborted by its id is answered with an empty vector and 200.",
+        "the server ends. One that is aborted by its id is answered with an empty vector and 200; "
+        "on vLLM 0.31, whose results have no errors, so are all that are aborted.",
         needless_when="the engine's abort of a pooling request has an error with it.",
         apply=_patch_aborted_embeddings,
     ),

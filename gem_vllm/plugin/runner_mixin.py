@@ -65,12 +65,15 @@ class GemRunner(_Runner):
             Drafter.enable(draft, self.vllm_config)
 
     def reload_weights(
-        self, weights_iterator: Any = None, weights_path: str | None = None, **kwargs: Any
+        self,
+        weights_iterator: Any = None,
+        weights_path: str | None = None,
+        is_checkpoint_format: bool = True,
     ) -> None:
         """vLLM's; an adapter, and what the checkpoint says of its embeddings, stay as they are.
 
         Raises:
-            ValueError: the checkpoint in ``weights_path`` has others.
+            ValueError: with ``weights_path``, where there is an adapter, or other special tokens.
         """
         if weights_path is not None:
             here, there = self.gem_batch.gem_config, GemConfig.from_pretrained(weights_path)
@@ -79,10 +82,10 @@ class GemRunner(_Runner):
                 for name in ("special_token_ids", "pooling", "instruction_ids")
             ):
                 raise ValueError(
-                    f"{weights_path} has a GEM adapter, or special tokens, of its own; start an "
-                    "engine with it"
+                    f"an adapter and special tokens are read at the start alone: for those of "
+                    f"{weights_path}, start an engine with it"
                 )
-        super().reload_weights(weights_iterator, weights_path, **kwargs)
+        super().reload_weights(weights_iterator, weights_path, is_checkpoint_format)
 
     def get_supported_tasks(self) -> tuple[Any, ...]:
         """vLLM's tasks for the model, and `embed`."""

@@ -22,15 +22,35 @@ def bounded(tok_params: TokenizeParams, limit: int) -> TokenizeParams:
         limit: the most tokens that a text may have.
     """
     if tok_params.pad_prompt_tokens is not None:
-        raise VLLMValidationError(
-            '"padding" is not for texts to embed: the padding would be read as text. Leave it out.'
-        )
+        _refuse_padding()
     most, cut = tok_params.max_total_tokens, tok_params.truncate_prompt_tokens
     return replace(
         tok_params,
         max_total_tokens=limit if most is None else min(most, limit),
         truncate_prompt_tokens=cut if cut is None else min(cut, limit),
         truncation_side=tok_params.truncation_side or "right",
+    )
+
+
+def bounded_kwargs(kwargs: Mapping[str, Any] | None, limit: int) -> dict[str, Any]:
+    """As `bounded`, of a text that the engine tokenizes itself.
+
+    Args:
+        kwargs: ``tokenization_kwargs`` of a request.
+        limit: the most tokens that a text may have.
+    """
+    given = {"truncation_side": "right", **(kwargs or {})}
+    if given.get("pad_prompt_tokens") or given.get("padding") not in (None, False, "do_not_pad"):
+        _refuse_padding()
+    cut = given.get("truncate_prompt_tokens")
+    if cut is not None:
+        given["truncate_prompt_tokens"] = limit if cut < 0 else min(cut, limit)
+    return given
+
+
+def _refuse_padding() -> None:
+    raise VLLMValidationError(
+        '"padding" is not for texts to embed: the padding would be read as text. Leave it out.'
     )
 
 

@@ -148,13 +148,19 @@ def test_empty_text_is_refused(llm: LLM) -> None:
 
 def test_a_text_that_the_engine_renders_itself(llm: LLM) -> None:
     """As `AsyncLLM.encode` and `LLMEngine.add_request` still take it: as `LLM.embed` does."""
-    text, engine = "an old stone bridge " * 50, llm.llm_engine
-    engine.add_request("raw", text, EMBED, tokenization_kwargs={"truncate_prompt_tokens": 100})
-    outputs = []
-    while engine.has_unfinished_requests():
-        outputs += engine.step()
-    (output,) = outputs
-    assert output.prompt_token_ids == llm.get_tokenizer()(text).input_ids[:100]
+    text, engine = "an old stone bridge " * 100, llm.llm_engine
+    ids = llm.get_tokenizer()(text).input_ids
+    for most, kept in ((100, 100), (-1, 251), (256, 251)):
+        cut = {"truncate_prompt_tokens": most}
+        engine.add_request("raw", text, EMBED, tokenization_kwargs=cut)
+        outputs = []
+        while engine.has_unfinished_requests():
+            outputs += engine.step()
+        (output,) = outputs
+        assert output.prompt_token_ids == ids[:kept]
+    for padding in ({"padding": "max_length", "max_length": 100}, {"pad_prompt_tokens": 100}):
+        with pytest.raises(VLLMValidationError, match='"padding" is not for'):
+            engine.add_request("bad", text, EMBED, tokenization_kwargs=padding)
     for bad, message in (("", "empty"), ({"prompt": ""}, "empty"), ("<|gem_0|>", "reserved")):
         with pytest.raises(VLLMValidationError, match=message):
             engine.add_request("bad", bad, EMBED)

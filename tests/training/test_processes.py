@@ -17,7 +17,7 @@ from gem_vllm.errors import GemError
 from gem_vllm.training import peers
 from gem_vllm.training.model_card import option_words
 from gem_vllm.training.options import TrainOptions
-from gem_vllm.training.run import _check_same, train
+from gem_vllm.training.run import _check_same_dtype, _check_same_step, train
 from tests.training.conftest import losses, short_options, train_until
 
 PROCESSES = 2
@@ -198,9 +198,18 @@ def test_a_process_without_the_others_checkpoint_ends(
     """As on nodes that do not share the run's folder: they would go on from different steps."""
     monkeypatch.setattr(peers, "count", lambda: 2)
     monkeypatch.setattr(peers, "largest", lambda step, device: max(step, 4))
-    _check_same(4, options, torch.device("cpu"))
+    _check_same_step(4, options, torch.device("cpu"))
     with pytest.raises(GemError, match=r"process 0 finds no checkpoint of step 4 in .*\.run; all"):
-        _check_same(0, options, torch.device("cpu"))
+        _check_same_step(0, options, torch.device("cpu"))
+
+
+def test_processes_that_compute_in_other_dtypes_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where --dtype auto finds units for bfloat16 on one node, and none on another."""
+    monkeypatch.setattr(peers, "count", lambda: 2)
+    monkeypatch.setattr(peers, "largest", lambda bits, device: max(bits, 32))
+    _check_same_dtype(torch.float32, torch.device("cpu"))
+    with pytest.raises(GemError, match="process 0 computes in bfloat16, and another has no units"):
+        _check_same_dtype(torch.bfloat16, torch.device("cpu"))
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(options: TrainOptions) -> None:

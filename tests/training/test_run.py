@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -20,6 +21,7 @@ from gem_vllm.config import GemConfig
 from gem_vllm.errors import GemError
 from gem_vllm.reference import ReferenceEmbedder
 from gem_vllm.training.losses import MAX_LOG_TEMPERATURE
+from gem_vllm.training.model_card import command_line
 from gem_vllm.training.options import TrainOptions, compute_dtype
 from gem_vllm.training.run import join_processes, make_trainer, train, training_arguments
 from gem_vllm.training.trainer import WHOLE, whole_checkpoints
@@ -290,6 +292,7 @@ def test_a_run_does_not_go_on_in_another_dtype(
         recorded = options.bound()
     assert options.difference(recorded) == ["dtype"]
     assert options.difference(options.bound()) == []
+    assert options.difference({**recorded, "dtype": "auto"}) == []  # as was told once
 
 
 def test_temperature_and_special_tokens_do_not_decay(options: TrainOptions) -> None:
@@ -316,6 +319,21 @@ def test_steps_of_a_schedule_that_has_none_do_not_differ(options: TrainOptions) 
     assert options.alpha_schedule == "constant"
     assert options.difference(recorded) == []
     assert "alpha_steps" in dataclasses.replace(options, alpha_schedule="linear").bound()
+
+
+@pytest.mark.parametrize("positives", ["dropout", "masks"])
+@pytest.mark.parametrize("rate", [0.3, 0.8])
+def test_the_cards_command_makes_this_run(
+    positives: Any, rate: float, options: TrainOptions
+) -> None:
+    """Though the default of --drop-rate is another for masks."""
+    options = dataclasses.replace(options, positives=positives, drop_rate=rate)
+    command = command_line(options).replace("\\\n", " ").split()
+    given = dict(pairwise(command))
+    default = TrainOptions(
+        base=options.base, data=options.data, out=options.out, positives=positives
+    ).drop_rate
+    assert float(given.get("--drop-rate", default)) == rate
 
 
 def test_model_card(options: TrainOptions) -> None:
