@@ -59,6 +59,7 @@ def test_interrupt_between_the_renames(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [folder]
 
 
+@pytest.mark.usefixtures("as_in_a_terminal")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_leaves_nothing_half_written(number, tmp_path):
     def write():

@@ -70,6 +70,7 @@ def test_who_ignores_sigterm_is_killed(tmp_path: Path, monkeypatch: pytest.Monke
     assert until(lambda: not any(map(alive, pids)))
 
 
+@pytest.mark.usefixtures("as_in_a_terminal")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_to_the_owner_ends_them(number: signal.Signals, tmp_path: Path) -> None:
     command = [sys.executable, "-c", OWNER, FAMILY, str(tmp_path / "pids")]
