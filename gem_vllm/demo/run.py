@@ -40,7 +40,7 @@ PASSAGES = 512
 QUERIES = 256
 BATCH_SIZE = 32
 TRAIN_TOKENS = 32
-DROP_RATE = 0.3
+DROP_RATE = 0.8
 # Forward passes of the tokens that a training step costs: 1, and the backward pass.
 STEP_COST = 1.3
 STEPS_AT_LEAST, STEPS_AT_MOST = 10, 300
