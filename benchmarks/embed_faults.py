@@ -4,7 +4,7 @@
 
 A tiny random model, so that the faults and not the model take the time; a Ray cluster of a head and
 two nodes of one core each; five rounds of each fault, the moment drawn from the round's name. The
-first round of each fault has all rows, the others ``--rows-of-a-round``. After a round every id has
+last round of each fault has all rows, the others ``--rows-of-a-round``. After a round every id has
 to be there once and in order, with the vector of a run without faults, and no process of the job
 and no half-written file left. Finished rounds are in ``embed_faults.json``: the same command goes
 on behind them. Writes that and ``embed_faults.md`` to ``--out``.

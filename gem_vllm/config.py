@@ -93,7 +93,7 @@ class GemConfig:
             known = ", ".join(map(str, VERSIONS))
             raise GemConfigError(
                 f"gem_config version {self.version!r} is unknown, this gem-vllm reads version "
-                f"{known}; upgrade gem-vllm, or export the checkpoint again"
+                f"{known}; upgrade gem-vllm"
             )
         object.__setattr__(self, "special_token_ids", _token_ids(self.special_token_ids))
         _one_of("pooling", self.pooling, POOLINGS)

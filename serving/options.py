@@ -161,7 +161,7 @@ class ReplicaOptions:
         if self.tensor_parallel < 1:
             raise GemError(f"--tensor-parallel-size is {self.tensor_parallel}; give 1 or more")
         if "model" in self.engine:
-            raise GemError("--engine names a model; give it as --model")
+            raise GemError("--engine names a model; give it as --model (embed) or MODEL (serve)")
         for name, option in _OWN_OPTIONS.items():
             if name in self.engine:
                 raise GemError(f"--engine has '{name}'; use {option}")

@@ -40,7 +40,7 @@ NEVER_DECAY = ("log_temperature", "trainable_tokens_delta")
 
 
 class GemTrainer(Trainer):
-    """Trains a ``GemTrainingModel`` on ``TrainBatches``; losses, alpha and tokens/s are logged."""
+    """Trains a ``GemTrainingModel`` on ``TrainBatches``; see `log` for what is logged."""
 
     # Of Trainer, which mypy is not shown.
     control: TrainerControl
@@ -152,7 +152,7 @@ class GemTrainer(Trainer):
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the losses, the temperature and tokens/s since the last log."""
+        """Add losses and tokens/s since the last log, and what cosines are multiplied by now."""
         if "loss" in logs:
             seconds = time.perf_counter() - self._window_start
             logs |= {name: sum(values) / len(values) for name, values in self._window.items()}

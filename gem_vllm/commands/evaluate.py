@@ -61,7 +61,8 @@ def evaluate(
 ) -> None:
     """Measure embedding quality (mteb) and language quality (lm-eval) of a GEM checkpoint.
 
-    Everything runs on the engine that serves the checkpoint. Results of each task are kept in --out
+    The checkpoint runs on the engine that serves it, or on a server at --url, and of its base the
+    mean pooling on transformers, in float32. Results of each task are kept in --out
     as they come, as mteb and lm-eval write them, with a table (results.md) and a plot in the end;
     the same command, run again, does what is missing. An example:
 

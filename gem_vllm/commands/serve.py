@@ -47,7 +47,9 @@ def serve(
         int, typer.Option(help="Requests that wait for that engine; one more gets 429.")
     ] = 512,
     request_timeout: Annotated[float, typer.Option(help="Seconds for a request.")] = 600.0,
-    max_inputs: Annotated[int, typer.Option(help="Texts in one request.")] = 2048,
+    max_inputs: Annotated[
+        int, typer.Option(help="Texts, prompts or conversations in one request.")
+    ] = 2048,
     max_body_mb: Annotated[float, typer.Option(help="Size of a request, in MiB.")] = 16.0,
     api_keys: Annotated[
         Path | None,

@@ -14,7 +14,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from gem_vllm.training.batches import plain_prompt_template
 
-# Of a continuation: what one engine request may be asked for beside the most likely token.
+# Of a continuation: its log-likelihood, and whether greedy decoding gives it.
 _Scored = tuple[float, bool]
 
 

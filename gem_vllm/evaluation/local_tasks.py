@@ -12,9 +12,9 @@ A folder with one of these is a task; its name is the folder's:
 | Summarization | one | text, human_summaries, machine_summaries, relevance (lists) |
 | Retrieval | corpus, queries, qrels_SPLIT | _id, title, text; _id, text; q, d, score |
 
-Files are .jsonl or .jsonl.gz, named by their split; of several, test is used, else dev, else the
-first that is not train. Labels are texts or whole numbers, ids are texts; a score of retrieval is a
-whole number, over 0 for what is relevant.
+Files are .jsonl or .jsonl.gz, named by their split; of several, test is used, else dev, else
+validation, else the first that is not train. Labels are texts or whole numbers, ids are texts; a
+score of retrieval is a whole number, over 0 for what is relevant.
 """
 
 from __future__ import annotations

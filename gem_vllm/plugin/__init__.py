@@ -7,14 +7,16 @@
 | `scheduler` | special tokens behind the prompt, step counts | `scheduler_config.scheduler_cls` |
 | `compress` | chat messages that are read through special tokens | `RENDERER_REGISTRY` |
 | `prompt_embedding` | a prompt's embedding with its answer | patch `embedding-with-answer` |
-| `request_options` | what a request asks for with `gem` | called by those two |
-| `validation` | refusal of bad requests | patches `prompts-of-requests`, `reserved-token-ids` |
+| `request_options` | what a request asks for with `gem` | called by `compress` and `patches` |
+| `validation` | refusal of bad requests | patches of what reads requests |
 | `worker`, `runner`, `runner_v2` | embedding requests in generating batches | `worker_cls` |
 | `runner_mixin`, `batch`, `step`, `frames` | what both runners share | called by them |
 | `runs`, `attention`, `cpu_`, `flash_`, `flex_attention` | the mask, paged | `register_backend` |
 | `lora` | the adapter at special positions | the linear layers' `quant_method` |
+| `drafter` | drafts without special tokens | patch `draft-vocabulary`, and the runners |
 | `last_layer` | its MLP, for the rows that are read alone | wrapped by `models` |
 | `pooler` | special tokens' hidden states to an embedding | called by `batch` |
+| `embeddings_output` | embeddings that are still on the GPU | called by the runners |
 | `metrics` | Prometheus metrics by task, and of step kinds | `vllm.stat_logger_plugins` |
 | `patches` | the ledger of what has no public hook | see there |
 """

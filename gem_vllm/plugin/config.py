@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import psutil
 from vllm import envs
 from vllm.config import (
     CacheConfig,
+    ModelConfig,
     ParallelConfig,
     PoolerConfig,
     SpeculativeConfig,
@@ -14,6 +17,7 @@ from vllm.config import (
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
+from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
@@ -29,6 +33,8 @@ CPU_BLOCK_SIZE = 32
 CUDA_BACKENDS = (AttentionBackendEnum.FLASH_ATTN, AttentionBackendEnum.FLEX_ATTENTION)
 # In vLLM's --additional-config; see `GemScheduler`.
 TOKENS_BESIDE_CHAT = "gem_tokens_beside_chat"
+PROMPTS_FILE = "config_sentence_transformers.json"
+COHERE_INPUT_TYPES = ("search_document", "search_query", "classification", "clustering")
 
 
 class GemModelConfig(VerifyAndUpdateConfig):
@@ -49,6 +55,7 @@ class GemModelConfig(VerifyAndUpdateConfig):
             model_config.get_hidden_size()
         )
         model_config.hf_config.is_matryoshka = True
+        _take_input_types(model_config)
         vllm_config.parallel_config.worker_cls = WORKER
         vllm_config.scheduler_config.scheduler_cls = SCHEDULER
         if current_platform.is_cuda():
@@ -68,6 +75,19 @@ class GemModelConfig(VerifyAndUpdateConfig):
         vllm_config.model_config.pooler_config = PoolerConfig(task="embed")
 
 
+def _take_input_types(model_config: ModelConfig) -> None:
+    """Let `/v2/embed` take what Cohere's clients name with every text, where it has no prompts.
+
+    vLLM knows an ``input_type`` by its prompt, the model's own or sentence-transformers'.
+    """
+    of_model = getattr(model_config.hf_config, "task_instructions", None)
+    if not of_model:
+        found = get_hf_file_to_dict(PROMPTS_FILE, model_config.model, model_config.revision) or {}
+        of_model = found.get("prompts")
+    if not of_model:
+        model_config.hf_config.task_instructions = dict.fromkeys(COHERE_INPUT_TYPES, "")
+
+
 def _refuse_unsupported(vllm_config: VllmConfig, gem_config: GemConfig) -> None:
     model_config = vllm_config.model_config
     if model_config.runner_type != "generate":
@@ -81,6 +101,17 @@ def _refuse_unsupported(vllm_config: VllmConfig, gem_config: GemConfig) -> None:
         raise ValueError("A GEM checkpoint brings its own scheduler. Leave --scheduler-cls unset.")
     if model_config.pooler_config is not None:
         raise ValueError("A GEM checkpoint says itself how it pools. Leave --pooler-config unset.")
+    if model_config.skip_tokenizer_init:
+        raise ValueError(
+            "A GEM checkpoint's scores are of texts, which need a tokenizer. Leave "
+            "--skip-tokenizer-init and --tokens-only unset: token ids are taken as they are."
+        )
+    from_modelscope = envs.VLLM_USE_MODELSCOPE and not Path(model_config.model).is_dir()
+    if gem_config.train_mode == "adapter" and (model_config.model_weights or from_modelscope):
+        raise ValueError(
+            "An adapter is read from a folder or from the Hugging Face Hub. Download "
+            f"{model_config.model_weights or model_config.model}, and serve that folder."
+        )
     if vllm_config.speculative_config is not None:
         _refuse_drafts(vllm_config.speculative_config, vllm_config.parallel_config)
     if vllm_config.parallel_config.use_ubatching:
@@ -112,7 +143,7 @@ def _refuse_unsupported(vllm_config: VllmConfig, gem_config: GemConfig) -> None:
     if gem_config.max_text_tokens(model_config.max_model_len) < 1:
         raise ValueError(
             f"--max-model-len {model_config.max_model_len} leaves no room for text before the "
-            f"{len(gem_config.appended_ids)} GEM special tokens."
+            f"{len(gem_config.appended_ids)} GEM special tokens. Give a greater one."
         )
     if vllm_config.kv_transfer_config is not None or vllm_config.cache_config.kv_offloading_size:
         raise ValueError(
@@ -121,7 +152,10 @@ def _refuse_unsupported(vllm_config: VllmConfig, gem_config: GemConfig) -> None:
             "Leave --kv-transfer-config and --kv-offloading-size unset."
         )
     if not (current_platform.is_cpu() or current_platform.is_cuda()):
-        raise ValueError("GEM checkpoints are served on vLLM's CPU and CUDA platforms only.")
+        raise ValueError(
+            "GEM checkpoints are served on vLLM's CPU and CUDA platforms only. Use a machine and a "
+            "build of vLLM of these."
+        )
 
 
 def _refuse_drafts(speculative: SpeculativeConfig, parallel: ParallelConfig) -> None:

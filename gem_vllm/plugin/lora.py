@@ -159,6 +159,8 @@ def attach_adapter(model: nn.Module, vllm_config: VllmConfig, folder: Path) -> N
                 # As a buffer it outlives vLLM's sleep, which drops all weights at level 2.
                 layer.register_buffer(f"gem_lora_{letter}", weight, persistent=False)
             layer.quant_method = SpecialLoRALinearMethod(layer.quant_method, lora, lora_name)
+            # vLLM would fuse an activation with its quantization, of which a LoRA has no use.
+            layer.requires_unquantized_input = True
             names.append(lora_name)
     # Into the key of vLLM's compile cache: a stored graph calls the LoRAs of exactly these layers.
     vllm_config.additional_config["gem_lora"] = names

@@ -36,7 +36,8 @@ class GemCausalLM(_Base):
             belong to embedding requests; None for every row. The runner sets it for each step,
             `compute_logits` uses it once.
         last_mlp: the last layer's MLP, of which the runner says which rows are read; None where
-            ordinary LoRAs are served, and where a pipeline has another rank for that layer.
+            ordinary LoRAs are served, where a pipeline has another rank for that layer, and with
+            vLLM 0.31's pass for sequence parallelism.
     """
 
     logits_rows: torch.Tensor | None = None

@@ -123,7 +123,7 @@ def _patch_graphs_beside_pooling() -> None:
 def _patch_offline_pooling() -> None:
     from vllm.entrypoints.pooling.offline import PoolingOfflineMixin
 
-    original = PoolingOfflineMixin.__init__
+    original, run = PoolingOfflineMixin.__init__, PoolingOfflineMixin._run_tiling_engine
     _expect(
         "self.runner_type" in inspect.getsource(PoolingOfflineMixin._verify_pooling_task),
         "offline-pooling",
@@ -136,7 +136,18 @@ def _patch_offline_pooling() -> None:
         if gem_config_of(self.model_config) is not None:
             self.runner_type = "pooling"
 
+    @functools.wraps(run)
+    def _run_tiling_engine(self: Any, *args: Any, **kwargs: Any) -> Any:
+        waiting = self.llm_engine.get_num_unfinished_requests()
+        if waiting and gem_config_of(self.model_config) is not None:
+            raise ValueError(
+                f"{waiting} requests that were enqueued have no answers yet, which embeddings are "
+                "not to be mixed up with: call wait_for_completion() before."
+            )
+        return run(self, *args, **kwargs)
+
     PoolingOfflineMixin.__init__ = __init__
+    PoolingOfflineMixin._run_tiling_engine = _run_tiling_engine
 
 
 def _patch_embedding_inputs() -> None:
@@ -487,8 +498,10 @@ LEDGER = (
         name="offline-pooling",
         target="vllm.entrypoints.pooling.offline.PoolingOfflineMixin.__init__",
         why="LLM.encode, LLM.embed and LLM.score look at the runner type, not at the tasks that "
-        "the engine supports.",
-        needless_when="they check `'embed' in supported_tasks` alone, as the server does.",
+        "the engine supports; and they take every output for one of theirs, also of requests that "
+        "LLM.enqueue left in the engine.",
+        needless_when="they check `'embed' in supported_tasks` alone, as the server does, and "
+        "leave others' outputs to wait_for_completion.",
         apply=_patch_offline_pooling,
     ),
     Patch(

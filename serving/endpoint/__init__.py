@@ -9,6 +9,7 @@ A request goes from the proxy of a node (HAProxy) to a replica, which the router
 | `prefix_routing` | the replica that has a request's beginning in its prefix cache |
 | `server` | Ray's LLM server, as an HTTP server that runs vLLM's own application |
 | `door` | in front of that application: keys, limits, 429 and 503, draining |
+| `exchange` | a request's two ends at the door: its client, and vLLM |
 | `request_facts` | what is read out of a request |
 | `engine` | Ray's vLLM engine, without what a local checkpoint does not need |
 | `keys` | API keys |

@@ -71,7 +71,9 @@ class CountRequests:
             tag_keys=("task",),
         )
         self._in_progress = Gauge(
-            "gem_requests_in_progress", "Requests that are being answered.", tag_keys=("task",)
+            "gem_requests_in_progress",
+            "Requests that were taken and are not answered yet, waiting ones included.",
+            tag_keys=("task",),
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

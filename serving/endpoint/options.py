@@ -88,19 +88,12 @@ class EndpointOptions:
             raise GemError(
                 f"--engine has '{tls[0]}'; the endpoint speaks HTTP: have TLS end in front of it"
             )
-        for name in (
-            "target_ongoing_requests",
-            "max_ongoing_requests",
-            "max_queued_requests",
-            "request_timeout_s",
-            "max_inputs",
-            "max_body_bytes",
-        ):
-            if not 0 < getattr(self, name) < math.inf:
-                raise GemError(f"{name} is {getattr(self, name):g}; it must be above 0, and finite")
+        for name, shown in _LIMITS.items():
+            if not 0 < (value := getattr(self, name)) < math.inf:
+                raise GemError(f"{shown} is {value:g}; it must be above 0, and finite")
         if self.request_timeout_s > MAX_TIMEOUT_S:
             raise GemError(
-                f"request_timeout_s is {self.request_timeout_s:g}; it must be at most "
+                f"{_LIMITS['request_timeout_s']} is {self.request_timeout_s:g}; it must be at most "
                 f"{MAX_TIMEOUT_S:g}, as long as the proxy waits"
             )
         if self.api_keys is not None and not ApiKeys.read(self.api_keys).digests:
@@ -153,6 +146,15 @@ class EndpointOptions:
         return self.served_model_name or self.model.name
 
 
+# By name, as a config file and the command line have it.
+_LIMITS = {
+    "target_ongoing_requests": "target_ongoing_requests",
+    "max_ongoing_requests": "max_ongoing_requests",
+    "max_queued_requests": "max_queued_requests",
+    "request_timeout_s": "request_timeout_s (--request-timeout)",
+    "max_inputs": "max_inputs",
+    "max_body_bytes": "max_body_bytes (--max-body-mb)",
+}
 # vLLM's name of what has an option of its own here.
 _OWN_OPTIONS = {
     "api_key": "--api-keys",

@@ -185,6 +185,17 @@ def test_encode_is_embed(llm: LLM) -> None:
     assert encoded.outputs.data.tolist() == pytest.approx(embedded.outputs.embedding, abs=1e-5)
 
 
+def test_enqueued_requests_are_not_lost_to_an_embedding(llm: LLM) -> None:
+    llm.enqueue("a river", SamplingParams(max_tokens=2), use_tqdm=False)
+    with pytest.raises(ValueError, match="1 requests that were enqueued have no answers yet"):
+        llm.embed("a river", use_tqdm=False)
+    with pytest.raises(ValueError, match="call wait_for_completion"):
+        llm.score("a river", "1969", use_tqdm=False)
+    (answer,) = llm.wait_for_completion(use_tqdm=False)
+    assert len(answer.outputs[0].token_ids) == 2
+    assert llm.embed("a river", use_tqdm=False)[0].outputs.embedding
+
+
 def test_offline_scores(llm: LLM) -> None:
     same, other = llm.score("a river", ["a river", "1969"], use_tqdm=False)
     assert same.outputs.score == pytest.approx(1.0, abs=1e-5)

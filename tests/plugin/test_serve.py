@@ -105,9 +105,11 @@ def test_vectors_and_scores_of_the_other_routes(server: Server) -> None:
         assert answered.status_code == 200, answered.text
         return answered.json()
 
-    embedded = answer("/v2/embed", texts=TEXTS, embedding_types=["float"])["embeddings"]["float"]
+    cohere = {"texts": TEXTS, "embedding_types": ["float"]}
+    embedded = answer("/v2/embed", **cohere)["embeddings"]["float"]
+    named = answer("/v2/embed", **cohere, input_type="search_query")["embeddings"]["float"]
     pooled = [each["data"] for each in answer("/pooling", input=TEXTS)["data"]]
-    for vectors in (embedded, pooled):
+    for vectors in (embedded, named, pooled):
         assert cosines(torch.tensor(vectors), expected).min() >= 0.9999
     scores = [each["score"] for each in answer("/score", text_1=TEXTS[0], text_2=TEXTS)["data"]]
     np.testing.assert_allclose(scores, expected @ expected[0], atol=1e-3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +30,7 @@ from vllm.v1.request import Request
 from gem_vllm.config import GemConfig
 from gem_vllm.errors import GemError
 from gem_vllm.plugin import step as gem_step
-from gem_vllm.plugin.config import WORKER
+from gem_vllm.plugin.config import WORKER, GemModelConfig
 from gem_vllm.plugin.last_layer import LastLayerMLP, ReadRows
 from gem_vllm.plugin.metrics import (
     STEP_KINDS,
@@ -201,6 +203,8 @@ def test_metrics_are_of_the_task_and_the_kind_that_they_name() -> None:
         ({"enable_batch_sharded_sampling": True}, "Leave --enable-batch-sharded-sampling unset"),
         ({"enable_dbo": True}, "Leave --enable-dbo"),
         ({"enable_prompt_embeds": True}, "Leave --enable-prompt-embeds unset"),
+        ({"skip_tokenizer_init": True}, "Leave --skip-tokenizer-init and --tokens-only unset"),
+        ({"tokens_only": True}, "Leave --skip-tokenizer-init and --tokens-only unset"),
         ({"kv_offloading_size": 1.0}, "--kv-offloading-size unset"),
         (
             {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
@@ -216,6 +220,43 @@ def test_what_cannot_work_is_refused_at_start(
     folder = str(tiny_checkpoint("llama", k=4))
     with pytest.raises(ValueError, match=message):
         EngineArgs(model=folder, enforce_eager=True, **options).create_engine_config()
+
+
+def test_an_adapter_elsewhere_than_in_a_folder_or_on_the_hub_is_refused(
+    tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`models` reads it from one of these; weights vLLM finds in other places, too."""
+    load_general_plugins()
+    folder = tiny_checkpoint("llama", k=4)
+    config = EngineArgs(model=str(folder), enforce_eager=True).create_engine_config()
+    config.model_config.model_weights = "s3://bucket/model"
+    with pytest.raises(ValueError, match="Download s3://bucket/model, and serve that folder"):
+        GemModelConfig.verify_and_update_config(config)
+    config.model_config.model_weights = ""
+    monkeypatch.setenv("VLLM_USE_MODELSCOPE", "1")
+    GemModelConfig.verify_and_update_config(config)
+    config.model_config.model = "owner/name"
+    with pytest.raises(ValueError, match="Download owner/name, and serve that folder"):
+        GemModelConfig.verify_and_update_config(config)
+
+
+def test_input_types_are_coheres_or_those_that_have_prompts(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    load_general_plugins()
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(tiny_checkpoint("llama", k=4), folder)
+
+    def instructions() -> dict[str, str] | None:
+        config = EngineArgs(model=str(folder), enforce_eager=True).create_engine_config()
+        return getattr(config.model_config.hf_config, "task_instructions", None)
+
+    assert instructions() == dict.fromkeys(
+        ("search_document", "search_query", "classification", "clustering"), ""
+    )
+    prompts = folder / "config_sentence_transformers.json"
+    prompts.write_text(json.dumps({"prompts": {"query": "Question: "}}))
+    assert instructions() is None  # vLLM reads that file
 
 
 def test_the_engine_is_configured(tiny_checkpoint: Callable[..., Path]) -> None:

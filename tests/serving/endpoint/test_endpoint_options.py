@@ -58,8 +58,14 @@ def test_a_config_file_with_a_mistake_is_refused(args: dict[str, Any], message: 
         ({"model": Path("nowhere")}, "nowhere"),
         ({"min_replicas": 3}, "give 1 or more, and no more than the second"),
         ({"max_ongoing_requests": 0}, "max_ongoing_requests is 0; it must be above 0"),
-        ({"request_timeout_s": -1.0}, "request_timeout_s is -1; it must be above 0"),
-        ({"request_timeout_s": 3601.0}, "request_timeout_s is 3601; it must be at most 3600"),
+        (
+            {"request_timeout_s": -1.0},
+            r"request_timeout_s \(--request-timeout\) is -1; it must be above 0",
+        ),
+        (
+            {"request_timeout_s": 3601.0},
+            r"request_timeout_s \(--request-timeout\) is 3601; it must be at most 3600",
+        ),
         ({"engine": {"served_model_name": "x"}}, "use --served-model-name"),
         ({"engine": {"tensor_parallel_size": 2}}, "use --tensor-parallel-size"),
         ({"engine": {"api_key": ["x"]}}, "use --api-keys"),
