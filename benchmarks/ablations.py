@@ -27,9 +27,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from ablation_report import markdown
 from ablation_rows import GROUPS, RECIPE, Row
-from benchmark_script import add_out, check_same_settings, hardware, run_script
-from development import TASKS, CheckpointEmbedder, Prefixes, development_scores
+from benchmark_script import add_out, check_same_settings, hardware, run_script, write_whole
+from development import CheckpointEmbedder, Prefixes, development_scores
 
 from gem_vllm.errors import GemError
 from gem_vllm.folders import content_sha256, read_json, write_json
@@ -67,7 +68,7 @@ def main() -> None:
         results[row.name] = {**result, "settings": settings, "commit": commit}
         write_json(file, results)
         print(result["scores"], flush=True)
-    (args.out / "ablations.md").write_text(markdown(results), encoding="utf-8")
+    write_whole(args.out / "ablations.md", markdown(results))
 
 
 def parse() -> argparse.Namespace:
@@ -249,52 +250,6 @@ def command(*words: object) -> None:
     done = subprocess.run([sys.executable, "-m", "gem_vllm.cli", *map(str, words)], check=False)
     if done.returncode:
         raise GemError(f"gem-vllm {words[0]} failed with {done.returncode}; see above")
-
-
-def markdown(results: dict[str, Any]) -> str:
-    """The table of all rows that there are results of."""
-    lines = [
-        "# What each part of the recipe brings",
-        "",
-        "Short trainings of one recipe, changed in each as its title says; where, is said at the",
-        "end.",
-        "The seeds show how far two runs of the same may be apart. Development tasks, texts cut at",
-        "256 tokens, the metrics of mteb; computed with transformers, not with the engine.",
-        "",
-    ]
-    titles = ["", *(name.removesuffix("_Reranking") for name in TASKS), "mean"]
-    for group, rows in GROUPS.items():
-        done = [row for row in rows if row.name in results]
-        if not done:
-            continue
-        lines += [f"## {group}", "", cells(titles), cells(["---"] * len(titles))]
-        for row in done:
-            result = results[row.name]
-            lines.append(cells([row.title, *figures(result["scores"])]))
-            for size, scores in result["dimensions"].items():
-                lines.append(cells([f"the first {size} numbers of these", *figures(scores)]))
-        lines.append("")
-    lines += ["## Commands", "", "Files by name; of the rows above, in order.", "", "```"]
-    order = [row for rows in GROUPS.values() for row in rows if row.name in results]
-    lines += [results[row.name]["command"] for row in order]
-    about = sorted(
-        {
-            f"{entry['hardware']}, {entry['dtype']}, {entry['date']}, commit {entry['commit']}"
-            for entry in results.values()
-        }
-    )
-    return "\n".join([*lines, "```", "", *about]) + "\n"
-
-
-def figures(scores: dict[str, float]) -> list[str]:
-    """Of each task, and their mean."""
-    values = [scores[name] for name in TASKS]
-    return [f"{value:.4f}" for value in [*values, sum(values) / len(values)]]
-
-
-def cells(values: list[str]) -> str:
-    """A line of a table."""
-    return f"| {' | '.join(values)} |"
 
 
 if __name__ == "__main__":

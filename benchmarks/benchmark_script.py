@@ -1,29 +1,33 @@
-"""What the scripts here have in common: where a figure is from, and how they end."""
+"""What the scripts here have in common: where a figure is from, turns, tables, and their ends."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import shlex
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 
 from gem_vllm.config import GemConfig
 from gem_vllm.errors import GemError
-from gem_vllm.folders import read_json
+from gem_vllm.folders import read_json, write_json
 from gem_vllm.machine import cpu_name, has_cuda
 
 ROOT = Path(__file__).resolve().parents[1]
 # Environment of the vLLM that is compared with one engine: as where gem-vllm is not installed.
 PLAIN_VLLM = {"VLLM_PLUGINS": ""}
+
+T = TypeVar("T")
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -96,7 +100,63 @@ def about(*packages: str) -> dict[str, str]:
 
 def about_table(rows: Mapping[str, str]) -> list[str]:
     """Lines of Markdown: what `about` says, with whatever else is in it."""
-    return ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
+    return ["| | |", "|---|---|", *map(table_row, rows.items())]
+
+
+def table(head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table."""
+    return "\n".join(map(table_row, (head, ["---"] * len(head), *rows)))
+
+
+def table_row(cells: Iterable[Any]) -> str:
+    """A line of a Markdown table."""
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def write_result(
+    out: Path,
+    name: str,
+    result: dict[str, Any],
+    page: Callable[[dict[str, Any]], str],
+    *,
+    narrow: bool = False,
+) -> None:
+    """Write ``<name>.json`` and then ``<name>.md``; what was there stays until each is whole.
+
+    Args:
+        out: folder.
+        name: of both files.
+        result: as JSON.
+        page: makes the Markdown of it.
+        narrow: an indent of one, and ASCII alone, as the script's kept results have it; else as
+            `write_json` does.
+    """
+    if narrow:
+        write_whole(out / f"{name}.json", json.dumps(result, indent=1) + "\n")
+    else:
+        write_json(out / f"{name}.json", result)
+    write_whole(out / f"{name}.md", page(result))
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a text; what was there stays until it is whole."""
+    part = file.with_name(f"{file.name}.tmp")
+    part.write_text(text, encoding="utf-8")
+    part.replace(file)
+
+
+def in_turn(peers: Iterable[T], round_: int) -> list[T]:
+    """The peers in an order that turns round: as they are in even rounds, else the last first."""
+    ordered = list(peers)
+    return ordered if round_ % 2 == 0 else ordered[::-1]
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
+    """A quarter of the values are below the first, a quarter above the second."""
+    if len(values) == 1:
+        return values[0], values[0]
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, high
 
 
 def hardware() -> str:

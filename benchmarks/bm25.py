@@ -18,17 +18,16 @@ from typing import Any
 import mteb
 import numpy as np
 import Stemmer
-from benchmark_script import about, about_table, add_out, run_script
-from engine_facts import TEXTS, read_paragraphs
+from benchmark_script import about, about_table, add_out, run_script, write_result
 from mteb.abstasks.pair_classification import AbsTaskPairClassification
 from mteb.abstasks.retrieval import AbsTaskRetrieval
 from mteb.abstasks.sts import AbsTaskSTS
 from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
 from sklearn.pipeline import make_pipeline
+from wikipedia_texts import TEXTS, read_paragraphs
 
 from gem_vllm.evaluation.encoder import GemEncoder
 from gem_vllm.evaluation.local_tasks import find_tasks, local_task
-from gem_vllm.folders import write_json
 
 MODEL = "mteb/baseline-bm25s"
 # Several times the stems of a task and of the texts that they are counted in.
@@ -43,8 +42,7 @@ def main() -> None:
     args = parser.parse_args()
     of_run = about("mteb", "bm25s", "scikit-learn")
     result = {"scores": scores_of(args.tasks), "about": of_run}
-    write_json(args.out / "bm25.json", result)
-    (args.out / "bm25.md").write_text(markdown(result), encoding="utf-8")
+    write_result(args.out, "bm25", result, markdown)
     print(result["scores"])
 
 

@@ -21,11 +21,10 @@ from gem_vllm.evaluation.encoder import GemEncoder
 from gem_vllm.evaluation.local_tasks import local_task
 from gem_vllm.machine import has_cuda
 from gem_vllm.training.adapter_model import AdapterModel
-from gem_vllm.training.batches import plain_prompt_template
 from gem_vllm.training.losses import leading, pool
 from gem_vllm.training.model import GemTrainingModel
 from gem_vllm.training.modes import embedding_model
-from gem_vllm.training.sequences import Template, pad
+from gem_vllm.training.sequences import Template, pad, plain_prompt_template
 
 TASKS = ("STSBenchmark", "STS12", "TRECQA_Reranking", "WikiQA_Reranking", "Cranfield")
 # Of a text: what comes behind is cut off. The keys and values of all texts are held in memory.
@@ -97,23 +96,19 @@ class CheckpointEmbedder:
         folder: of the checkpoint.
         prefixes: of its base.
         dtype: to compute in.
+
+    Attributes:
         dimensions: leading numbers of an embedding; None for all.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        prefixes: Prefixes,
-        *,
-        dtype: torch.dtype,
-        dimensions: int | None = None,
-    ) -> None:
+    def __init__(self, folder: Path, prefixes: Prefixes, *, dtype: torch.dtype) -> None:
         lm, _, config = load_checkpoint(folder, dtype=dtype)
         self._model = embedding_model(lm, config)
         if has_cuda():
             self._model.to("cuda")
         self._instruction = config.instruction_ids
-        self._prefixes, self.dimensions = prefixes, dimensions
+        self._prefixes = prefixes
+        self.dimensions: int | None = None
 
     @torch.no_grad()
     def embed(self, texts: list[str]) -> np.ndarray:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import subprocess
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.dataset
-from benchmark_script import ROOT, about, add_out, run_script
+from benchmark_script import ROOT, about, add_out, run_script, write_result
 from embed_faults_job import ENGINE, NODES, Bench, Run
 from embed_faults_report import FAULTS, OF_A_RUN, ROUNDS, markdown
 from embed_job import read
@@ -75,8 +75,7 @@ def main() -> None:
             print(f"{name} ...", flush=True)
             todo()
             print(json.dumps((result["rounds"] or [result["clean"]])[-1]), flush=True)
-            path.write_text(json.dumps(result, indent=1) + "\n")
-            (args.out / "embed_faults.md").write_text(markdown(result))
+            write_result(args.out, "embed_faults", result, markdown, narrow=True)
 
 
 def rounds_to_do(
@@ -225,7 +224,8 @@ def vectors_of(output: Path, source: Path) -> np.ndarray:
 
 def fresh(folder: Path) -> Path:
     """A folder that is not there, whatever an earlier run has left of it."""
-    subprocess.run(["rm", "-rf", str(folder)], check=True)
+    if folder.exists():
+        shutil.rmtree(folder)
     return folder
 
 

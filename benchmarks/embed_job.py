@@ -10,7 +10,6 @@ as many others under way. Writes ``embed_job.json`` and ``embed_job.md`` to ``--
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import statistics
 import subprocess
@@ -22,13 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from benchmark_script import about, about_table, add_out, run_script
+from benchmark_script import about, about_table, add_out, in_turn, run_script, write_result
 
 from gem_vllm.errors import GemError
 from gem_vllm.machine import serve_dtype, serve_environment
 from gem_vllm.serving.job import run_embed_job
 from gem_vllm.serving.options import EmbedOptions, ReplicaOptions
 from gem_vllm.serving.pool import CALLS_IN_FLIGHT
+from gem_vllm.training.data import open_text
 
 TARGET = 0.9
 BATCH = 1024
@@ -61,15 +61,13 @@ def main() -> None:
         print(f"{RATE}{bare_loop(args.checkpoint, texts)}", flush=True)
         return
     result = measure(args, texts)
-    (args.out / "embed_job.json").write_text(json.dumps(result, indent=1) + "\n")
-    (args.out / "embed_job.md").write_text(markdown(result))
+    write_result(args.out, "embed_job", result, markdown, narrow=True)
     print(markdown(result))
 
 
 def read(data: Path, rows: int) -> list[str]:
     """The first ``rows`` lines."""
-    opener = gzip.open if data.suffix == ".gz" else open
-    with opener(data, "rt", encoding="utf-8") as file:
+    with open_text(data) as file:
         texts = [line.rstrip("\n") for line in islice(file, rows)]
     if len(texts) < rows:
         raise GemError(f"{data} has {len(texts)} lines; --rows {rows} needs as many")
@@ -144,7 +142,7 @@ def measure(args: argparse.Namespace, texts: list[str]) -> dict[str, Any]:
     ways = {"LLM.embed": lambda: bare_loop_apart(args), "gem-vllm embed": embed_job}
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for round_ in range(args.rounds):
-        for name in ways if round_ % 2 == 0 else reversed(ways):
+        for name in in_turn(ways, round_):
             rates[name].append(ways[name]())
         print(
             f"round {round_ + 1}: " + ", ".join(f"{k} {v[-1]:.1f}/s" for k, v in rates.items()),

@@ -12,7 +12,6 @@ GPUs. Writes ``embed_scaling.json`` and ``embed_scaling.md`` to ``--out``.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import tempfile
 import time
@@ -23,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
-from benchmark_script import about, about_table, add_out, run_script
+from benchmark_script import about, about_table, add_out, run_script, write_result
 
 from gem_vllm.errors import GemError
 from gem_vllm.serving.job import FOOTER_READERS, SHARD_ROWS
@@ -74,8 +73,7 @@ def main() -> None:
             "rows_per_gpu": args.rows_per_gpu,
             "about": of_run,
         }
-    (args.out / "embed_scaling.json").write_text(json.dumps(result, indent=1) + "\n")
-    (args.out / "embed_scaling.md").write_text(markdown(result))
+    write_result(args.out, "embed_scaling", result, markdown, narrow=True)
     print(markdown(result))
 
 

@@ -20,7 +20,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from benchmark_script import about, add_out, run_script
+from benchmark_script import about, add_out, in_turn, run_script, write_result
 from endpoint_client import Load, Outcome, bodies_of, run
 from endpoint_report import SHARES, TASK_NAMES, markdown, ratios
 from endpoint_servers import (
@@ -32,8 +32,8 @@ from endpoint_servers import (
     idle_cores,
     vllm_serve,
 )
-from engine_facts import read_texts
 from engine_loads import mixed_amounts
+from wikipedia_texts import read_texts
 
 from gem_vllm.config import GemConfig
 from gem_vllm.errors import GemError
@@ -69,8 +69,7 @@ def main() -> None:
     for part in args.only:
         with terminated_like_interrupted(), ExitStack() as stack:
             Part(part, args, stack).measure(result)
-        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        file.with_suffix(".md").write_text(markdown(result), encoding="utf-8")
+        write_result(args.out, "endpoint", result, markdown, narrow=True)
     for name, value in ratios(result).items():
         print(f"{name:>42}: {value:.3f}")
     print(f"written: {file} and .md")
@@ -145,7 +144,7 @@ class Part:
         }
         for round_ in range(self.args.rounds):
             for in_flight, figure in figures.items():
-                for name in servers if round_ % 2 == 0 else reversed(servers):
+                for name in in_turn(servers, round_):
                     server = servers[name]
                     load = self.load(server, self.name, figure["amount"], int(in_flight))
                     outcome = self.turn([server], [load])
@@ -176,7 +175,7 @@ class Part:
             phases[share] = {"texts": texts, "completions": chats, "both": [], "halves": []}
         setups = {"both": (both, both), "halves": (embed, chat)}
         for round_ in range(self.args.rounds):
-            for setup in setups if round_ % 2 == 0 else reversed(setups):
+            for setup in in_turn(setups, round_):
                 of_embed, of_chat = setups[setup]
                 for phase in phases.values():
                     loads = [

@@ -16,7 +16,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from engine_report import quartiles
+from benchmark_script import quartiles, table
 
 TASK_NAMES = {"embed": "embeddings", "chat": "chat", "stream": "chat, streamed"}
 SHARES = ("10", "50", "90")
@@ -78,12 +78,6 @@ def markdown(result: Mapping[str, Any]) -> str:
         name = TASK_NAMES.get(part, part)
         blocks += [f"## How it was measured: {name}", table(["", ""], list(about.items()))]
     return "\n\n".join(blocks) + "\n"
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def _ratio_table(result: Mapping[str, Any]) -> str:

@@ -11,7 +11,6 @@ runs). What is measured, and how, is in README.md beside this file.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import tempfile
 import time
@@ -19,8 +18,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from benchmark_script import about, add_out, check_models, run_script
-from engine_facts import read_texts, weight_bytes
+from benchmark_script import about, add_out, check_models, in_turn, run_script, write_result
+from engine_facts import weight_bytes
 from engine_loads import (
     CPU,
     CUDA,
@@ -35,13 +34,13 @@ from engine_loads import (
 )
 from engine_peer import TRANSFORMERS_BATCH, Peer
 from engine_report import MIXED_TARGETS, PEER_OF, UNITS, markdown, mixed_name, ratios
+from wikipedia_texts import read_texts
 
+from gem_vllm.adapter import ADAPTER_FOLDER
 from gem_vllm.config import GemConfig
 from gem_vllm.errors import GemError
 from gem_vllm.machine import has_cuda, serve_dtype
 from gem_vllm.processes import terminated_like_interrupted
-
-ADAPTER_FOLDER = "gem_adapter"
 
 
 def main() -> None:
@@ -52,8 +51,7 @@ def main() -> None:
     with terminated_like_interrupted(), ExitStack() as stack:
         result = Run(args, cores, stack).measure()
     name = "engine" + "-cuda" * has_cuda() + "-quick" * args.quick
-    (args.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    (args.out / f"{name}.md").write_text(markdown(result), encoding="utf-8")
+    write_result(args.out, name, result, markdown, narrow=True)
     for key, value in ratios(result).items():
         print(f"{key:>15}: {value:.3f}")
     print(f"written: {args.out / name}.json and .md")
@@ -189,7 +187,7 @@ class Run:
                     task, per_second[task], self.size.solo_seconds, self.device.generations
                 )
                 unit = self.size.max_tokens if task == "generate" else 1
-                for kind in turn if round_ % 2 == 0 else reversed(turn):
+                for kind in in_turn(turn, round_):
                     seconds = self.run_load({peers[kind]: self.solo_load(task, amount)})
                     of_task.setdefault(kind, []).append(round(amount * unit / seconds, 3))
                 shown = ", ".join(f"{kind} {of_task[kind][-1]:.1f}" for kind in turn)
@@ -211,7 +209,7 @@ class Run:
                     "one": {gem: load["one"]},
                     "two": {two["pooling"]: load["embed"], two["generating"]: load["generate"]},
                 }
-                for setup in setups if round_ % 2 == 0 else reversed(setups):
+                for setup in in_turn(setups, round_):
                     work[setup].append(round(self.run_load(setups[setup]), 3))
                 shown = ", ".join(f"{setup} {work[setup][-1]:.1f} s" for setup in setups)
                 self.say(f"round {round_ + 1}: {mixed_name(share)}: {shown}")

@@ -16,6 +16,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmark_script import quartiles, table
+
 PEER_OF = {"embed 30": "pooling", "embed 230": "pooling", "generate": "generating"}
 UNITS = {"embed 30": "texts/s", "embed 230": "texts/s", "generate": "tokens/s"}
 TASK_NAMES = {
@@ -57,14 +59,6 @@ def ratios_by_round(result: Mapping[str, Any]) -> dict[str, list[float]]:
     }
 
 
-def quartiles(values: Sequence[float]) -> tuple[float, float]:
-    """A quarter of the values are below the first, a quarter above the second."""
-    if len(values) == 1:
-        return values[0], values[0]
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, high
-
-
 def mixed_name(share: str) -> str:
     """ "90" to "mixed 90/10"."""
     return f"mixed {share}/{100 - int(share)}"
@@ -86,7 +80,7 @@ def markdown(result: Mapping[str, Any]) -> str:
                 "## Memory",
                 _memory_table(result["memory"]),
                 "## How it was measured",
-                _table(["", ""], list(result["about"].items())),
+                table(["", ""], list(result["about"].items())),
             ]
         )
         + "\n"
@@ -112,7 +106,7 @@ def _ratio_table(result: Mapping[str, Any]) -> str:
         )
         for name, value in ratios(result).items()
     ]
-    return _table(["GEM engine / plain vLLM", "ratio", "quartiles", "target"], rows)
+    return table(["GEM engine / plain vLLM", "ratio", "quartiles", "target"], rows)
 
 
 def _solo_table(solo: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
@@ -123,7 +117,7 @@ def _solo_table(solo: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
             for peer in ("gem", PEER_OF[task], "transformers")
         ]
         rows.append((TASK_NAMES[task], UNITS[task], *cells))
-    return _table(["task", "unit", "GEM engine", "plain vLLM", "transformers"], rows)
+    return table(["task", "unit", "GEM engine", "plain vLLM", "transformers"], rows)
 
 
 def _mixed_table(mixed: Mapping[str, Mapping[str, Any]]) -> str:
@@ -138,7 +132,7 @@ def _mixed_table(mixed: Mapping[str, Mapping[str, Any]]) -> str:
         for share, load in mixed.items()
     ]
     head = ["% embed / generate", "texts", "completions", "one GEM engine, s", "two engines, s"]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _memory_table(memory: Mapping[str, Mapping[str, int]]) -> str:
@@ -146,9 +140,4 @@ def _memory_table(memory: Mapping[str, Mapping[str, int]]) -> str:
         (name, *(f"{memory[setup][kind] / 1e6:.0f} MB" for setup in ("one", "two")))
         for kind, name in (("weights", "weights"), ("resident", "all processes, resident"))
     ]
-    return _table(["", "one GEM engine", "two engines"], rows)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    return table(["", "one GEM engine", "two engines"], rows)

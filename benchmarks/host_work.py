@@ -19,15 +19,22 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from benchmark_script import about, about_table, add_out, run_script
-from engine_facts import read_texts
+from benchmark_script import (
+    about,
+    about_table,
+    add_out,
+    in_turn,
+    quartiles,
+    run_script,
+    write_result,
+)
 from engine_loads import CPU, solo_load, tasks_of
 from engine_peer import Peer
-from engine_report import PEER_OF, quartiles
+from engine_report import PEER_OF
 from random_checkpoint import make_base, make_checkpoint
+from wikipedia_texts import read_texts
 
 from gem_vllm.errors import GemError
-from gem_vllm.folders import write_json
 from gem_vllm.processes import terminated_like_interrupted
 
 SHAPE = {
@@ -79,8 +86,7 @@ def main() -> None:
             "rounds": str(args.rounds),
         },
     }
-    write_json(args.out / "host_work.json", result)
-    (args.out / "host_work.md").write_text(markdown(result), encoding="utf-8")
+    write_result(args.out, "host_work", result, markdown)
     print(markdown(result))
 
 
@@ -109,7 +115,7 @@ def measure(folder: Path, rounds: int, stack: ExitStack) -> dict[str, dict[str, 
     for turn in range(rounds + 1):
         for task, amount in AMOUNTS.items():
             kinds = [kind for kind in peers if task in tasks_of(kind)]
-            for kind in kinds if turn % 2 else reversed(kinds):
+            for kind in in_turn(kinds, turn + 1):
                 peers[kind].send(solo_load(task, amount, IN_FLIGHT))
                 seconds = peers[kind].receive()["seconds"]
                 time.sleep(CPU.settle_seconds)

@@ -20,13 +20,20 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from benchmark_script import PLAIN_VLLM, about, add_out, check_models, run_script
-from engine_facts import PROMPTS, TEXTS, read_paragraphs, read_texts
+from benchmark_script import (
+    PLAIN_VLLM,
+    about,
+    add_out,
+    check_models,
+    in_turn,
+    run_script,
+    write_result,
+)
 from latency_peer import engine, request
 from latency_report import DOCUMENT, markdown, plot
+from wikipedia_texts import PROMPTS, TEXTS, read_paragraphs, read_texts
 
 from gem_vllm.errors import GemError
-from gem_vllm.folders import write_json
 from gem_vllm.machine import serve_dtype
 
 QUESTION, DOCUMENTS = 20, 8
@@ -71,8 +78,7 @@ def main() -> None:
             "rounds": f"{DOCUMENTS} of asking, {args.rounds} of chat beside texts",
         },
     }
-    write_json(args.out / "latency.json", result)
-    (args.out / "latency.md").write_text(markdown(result), encoding="utf-8")
+    write_result(args.out, "latency", result, markdown)
     plot(beside, args.out / "latency.png")
     print(markdown(result))
 
@@ -105,7 +111,7 @@ def ask(
     ways = {"one engine": one_engine, "two engines": two_engines}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for round_, (document, question) in enumerate(zip(documents, questions, strict=True)):
-        for name in ways if round_ % 2 == 0 else reversed(ways):
+        for name in in_turn(ways, round_):
             seconds[name].append(ways[name](document, question))
     return {name: values[1:] for name, values in seconds.items()}
 
@@ -121,7 +127,7 @@ def chat_beside(
     request(gem, "beside", **load, **settings["None"], waves=1)  # to warm up
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in settings}
     for round_ in range(rounds):
-        for name in settings if round_ % 2 == 0 else reversed(settings):
+        for name in in_turn(settings, round_):
             found[name].append(request(gem, "beside", **load, **settings[name], waves=WAVES))
         print(f"round {round_ + 1} of {rounds}", flush=True)
     return found

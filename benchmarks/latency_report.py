@@ -17,7 +17,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from benchmark_script import about_table
+from benchmark_script import about_table, table_row
 from latency_peer import CHATS
 
 DOCUMENT = 2000
@@ -58,7 +58,7 @@ def markdown(result: Mapping[str, Any]) -> str:
             seconds = median(p99(round_[kind]) for round_ in rounds)
             cells += [f"{1000 * seconds:.1f}", f"{ratio_to(alone, rounds, kind):.2f}"]
         cells.append(f"{embedded(rounds):.0f}")
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(table_row(cells))
     return (
         "\n".join([*lines, "", "![the trade](latency.png)", "", *about_table(result["about"])])
         + "\n"

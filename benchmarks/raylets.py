@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import psutil
 from ray.cluster_utils import Cluster
+
+from gem_vllm.machine import environment
 
 REPLICA = "MapWorker"
 
@@ -64,22 +64,18 @@ class Raylets:
 @contextlib.contextmanager
 def raylets(nodes: int) -> Iterator[Raylets]:
     """`Raylets` that end with the block; no other Ray of this machine sees them."""
-    before = os.environ.get("RAY_TMPDIR")
-    # Of a short name: Ray's sockets are in there.
-    folder = tempfile.mkdtemp(prefix="raylets-", dir="/tmp")
-    os.environ["RAY_TMPDIR"] = folder
-    try:
+    with (
+        # Of a short name: Ray's sockets are in there.
+        tempfile.TemporaryDirectory(
+            prefix="raylets-", dir="/tmp", ignore_cleanup_errors=True
+        ) as folder,
+        environment({"RAY_TMPDIR": folder}),
+    ):
         cluster = Raylets(nodes)
         try:
             yield cluster
         finally:
             cluster.shutdown()
-    finally:
-        if before is None:
-            del os.environ["RAY_TMPDIR"]
-        else:
-            os.environ["RAY_TMPDIR"] = before
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def processes_of(node: Any) -> list[psutil.Process]:

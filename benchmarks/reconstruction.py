@@ -24,10 +24,17 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmark_script import add_out, check_same_settings, hardware, run_script
-from engine_facts import PROMPTS, read_paragraphs
+from benchmark_script import (
+    add_out,
+    check_same_settings,
+    hardware,
+    run_script,
+    table_row,
+    write_whole,
+)
 from tqdm import tqdm
 from transformers import AutoTokenizer
+from wikipedia_texts import PROMPTS, read_paragraphs
 
 from gem_vllm.errors import GemError
 from gem_vllm.folders import content_sha256, read_json, write_json
@@ -67,7 +74,7 @@ def main() -> None:
         for folder in (options.out, options.run_folder):
             shutil.rmtree(folder)
     rows = held_back(AutoTokenizer.from_pretrained(args.base), args.texts)
-    (args.out / "reconstruction.md").write_text(markdown(results, rows), encoding="utf-8")
+    write_whole(args.out / "reconstruction.md", markdown(results, rows))
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -167,12 +174,12 @@ def markdown(results: dict[str, Any], rows: Sequence[list[int]]) -> str:
         "reference in float32; adapter mode, trained by reconstruction alone. Another text is what",
         "common words alone give.",
         "",
-        "| k | " + " | ".join(f"{length} tokens" for length in LENGTHS) + " |",
+        table_row(["k", *(f"{length} tokens" for length in LENGTHS)]),
         "|---" * (1 + len(LENGTHS)) + "|",
-        table_row("another text", others),
+        table_row(["another text", *figures(others)]),
     ]
     by_k = sorted(results.items(), key=lambda item: int(item[0]))
-    lines += [table_row(k, result["scores"]) for k, result in by_k]
+    lines += [table_row([k, *figures(result["scores"])]) for k, result in by_k]
     about: dict[str, list[str]] = {}
     for k, each in by_k:
         where = f"{each['hardware']}, {each['date']}, commit {each['commit']}"
@@ -182,11 +189,10 @@ def markdown(results: dict[str, Any], rows: Sequence[list[int]]) -> str:
     return "\n".join([*lines, "", "```", *commands, "```", "", *shown]) + "\n"
 
 
-def table_row(title: str, scores: dict[str, dict[str, float]]) -> str:
-    """A line of the table."""
+def figures(scores: dict[str, dict[str, float]]) -> list[str]:
+    """Both scores at each length."""
     found = (scores[str(length)] for length in LENGTHS)
-    cells = (f"{each['exact']:.2f} / {each['f1']:.2f}" for each in found)
-    return f"| {title} | {' | '.join(cells)} |"
+    return [f"{each['exact']:.2f} / {each['f1']:.2f}" for each in found]
 
 
 if __name__ == "__main__":

@@ -21,10 +21,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmark_script import PLAIN_VLLM, add_out, commit, hardware, run_script, shown_command
+from benchmark_script import (
+    PLAIN_VLLM,
+    add_out,
+    commit,
+    hardware,
+    in_turn,
+    run_script,
+    shown_command,
+    write_result,
+)
 from endpoint_servers import vllm_serve
 
-from gem_vllm.folders import write_json
 from gem_vllm.processes import terminated_like_interrupted
 
 BASE = "base"
@@ -54,15 +62,14 @@ def main() -> None:
     with terminated_like_interrupted():
         seconds = measure({BASE: args.base, "GEM checkpoint": args.model}, args.rounds)
     result = {"seconds": seconds, **of_run}
-    write_json(args.out / "startup.json", result)
-    (args.out / "startup.md").write_text(markdown(result), encoding="utf-8")
+    write_result(args.out, "startup", result, markdown)
 
 
 def measure(folders: dict[str, Path], rounds: int) -> dict[str, list[float]]:
     """Seconds of each start, by round; a round before those is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in folders}
     for turn in range(rounds + 1):
-        for name in folders if turn % 2 == 0 else reversed(folders):
+        for name in in_turn(folders, turn):
             taken = start_seconds(folders[name], PLAIN_VLLM if name == BASE else {})
             print(f"{name}: {taken:.1f} s{'' if turn else ' (not counted)'}", flush=True)
             if turn:

@@ -21,13 +21,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmark_script import about, about_table, add_out, hardware, run_script
-from engine_facts import TEXTS, read_paragraphs
+from benchmark_script import (
+    about,
+    about_table,
+    add_out,
+    hardware,
+    in_turn,
+    run_script,
+    write_result,
+)
 from training_peers import PEERS
 from transformers import AutoTokenizer
+from wikipedia_texts import TEXTS, read_paragraphs
 
 from gem_vllm.errors import GemError
-from gem_vllm.folders import write_json
 from gem_vllm.training.options import compute_dtype
 
 WARM_UP = 2
@@ -74,8 +81,7 @@ def main() -> None:
             for peer, measured in measure_round(number, args, pairs, Path(work)).items():
                 rounds[peer].append(measured)
             results[name] = {**settings, "about": of_run, "rounds": rounds}
-            write_json(file, results)
-            (args.out / "training.md").write_text(markdown(results), encoding="utf-8")
+            write_result(args.out, "training", results, markdown)
     print((args.out / "training.md").read_text())
 
 
@@ -114,7 +120,7 @@ def measure_round(
 ) -> dict[str, dict[str, Any]]:
     """Every peer once, in an order that turns round."""
     found = {}
-    for peer in args.peers if number % 2 == 0 else reversed(args.peers):
+    for peer in in_turn(args.peers, number):
         print(f"round {number + 1}: {peer}", file=sys.stderr, flush=True)
         found[peer] = run(peer, args, pairs, work)
     return found

@@ -21,9 +21,7 @@ from transformers import (
 from gem_vllm.adapter import (
     ADAPTER_FOLDER,
     Adapter,
-    apply_adapter,
     check_plain_lora,
-    extract_adapter,
     plain_architecture,
     read_lora,
     with_base,
@@ -37,10 +35,7 @@ from gem_vllm.tokens import append_tokens, load_tokenizer, write_tokenizer
 from gem_vllm.weights import EMBEDDING, read_tensor, weight_files, weights_size
 
 __all__ = [
-    "ADAPTER_FOLDER",
     "add_special_tokens",
-    "apply_adapter",
-    "extract_adapter",
     "load_base",
     "load_checkpoint",
     "save_checkpoint",
@@ -126,8 +121,6 @@ def save_checkpoint(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     gem_config: GemConfig,
-    *,
-    adapter: PeftModel | None = None,
 ) -> None:
     """Write a GEM checkpoint, whole or not at all.
 
@@ -138,12 +131,12 @@ def save_checkpoint(
 
     Args:
         folder: to write; new, empty, or a GEM checkpoint, which is replaced.
-        model: with special tokens, from `load_base` or `load_checkpoint`.
+        model: with special tokens, from `load_base` or `load_checkpoint`. In adapter mode the
+            PeftModel around it, whose active adapter is a LoRA and may have
+            ``trainable_token_indices``.
         tokenizer: with the special tokens; its chat template is kept.
         gem_config: what to write into ``config.json``. In adapter mode the base's architecture,
             vocabulary size and hash of weights are added.
-        adapter: in adapter mode, the PeftModel around ``model``, whose active adapter is a LoRA
-            and may have ``trainable_token_indices``; not needed where ``model`` is that itself.
 
     Raises:
         GemConfigError: the folder that the base was loaded from is gone, or the adapter is not a
@@ -154,14 +147,13 @@ def save_checkpoint(
     if gem_config.train_mode != "adapter":
         _save_weights(folder, model, tokenizer, gem_config)
         return
-    peft_model = adapter if adapter is not None else model
-    if not isinstance(peft_model, PeftModel):
+    if not isinstance(model, PeftModel):
         raise TypeError("train_mode 'adapter' needs a PeftModel")
-    base = Path(peft_model.get_base_model().name_or_path)
+    base = Path(model.get_base_model().name_or_path)
     _read_config(base)
     gem_config = with_base(gem_config, base)
     dtype = read_tensor(base, EMBEDDING).dtype
-    taken = _take_adapter(peft_model, gem_config, dtype)
+    taken = _take_adapter(model, gem_config, dtype)
     with written_whole(folder, weight_bytes=weights_size(base) + taken.nbytes) as new:
         write_checkpoint(new, base, tokenizer, gem_config, taken)
 

@@ -16,7 +16,6 @@ __all__ = [
     "SUPPORTED_ARCHITECTURES",
     "TRAIN_MODES",
     "GemConfig",
-    "GemConfigError",
     "base_architecture",
     "gem_architecture",
     "special_token",

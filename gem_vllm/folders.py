@@ -152,7 +152,7 @@ def _renamed_when_done(folder: Path) -> Iterator[Path]:
         for path in [*new.rglob("*"), new]:
             if path.is_file():
                 path.chmod(readable)
-            _fsync(path)
+            fsync(path)
         try:
             if folder.exists():
                 folder.rename(old)
@@ -161,10 +161,11 @@ def _renamed_when_done(folder: Path) -> Iterator[Path]:
             if old.exists() and not folder.exists():
                 old.rename(folder)
             raise
-        _fsync(folder.parent)
+        fsync(folder.parent)
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: str | Path) -> None:
+    """Have what is written of a file, or of a folder's names, on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from gem_vllm.errors import first_line
 from gem_vllm.serving.errors import JobError, told_by_validation
 
 STEPS_IN_FLIGHT = 4
@@ -196,7 +197,7 @@ class EngineThread:
         except (VLLMClientError, ValueError) as error:
             # As the server answers with 400: too long, empty, a reserved token.
             self._release([self._waiting.pop(name)])
-            request.future.set_exception(BadRow(str(error).strip().split("\n", 1)[0]))
+            request.future.set_exception(BadRow(first_line(error)))
 
     def _release(self, requests: Iterable[_Request]) -> None:
         if weight := sum(request.weight for request in requests):

@@ -28,7 +28,7 @@ from gem_vllm.serving.manifest import DONE, SUMMARY, OutputFolder
 from gem_vllm.serving.options import EmbedOptions, ReplicaOptions
 from gem_vllm.serving.plan import Plan, Shard, fingerprint, make_plan
 from gem_vllm.serving.pool import CALLS_IN_FLIGHT, map_in_pool, ray_cluster
-from gem_vllm.serving.replica import Replica, shard_rows
+from gem_vllm.serving.replica import COUNTS, Replica, shard_rows
 
 SHARDS_PER_REPLICA = 16
 SHARD_ROWS = (512, 20_000)
@@ -190,10 +190,7 @@ def _check_unchanged(plan: Plan, options: EmbedOptions) -> None:
 def _summary(output: OutputFolder, plan: Plan, options: EmbedOptions) -> dict[str, Any]:
     """The job's counts, from the finished shards; JobError unless they and the files agree."""
     done = output.finished()
-    totals = {
-        key: sum(counts[key] for counts in done.values())
-        for key in ("rows", "embedded", "reported", "tokens")
-    }
+    totals = {key: sum(counts[key] for counts in done.values()) for key in COUNTS}
     missing = [shard.name for shard in plan.shards if shard.index not in done]
     if missing:
         raise JobError(

@@ -27,6 +27,7 @@ from typing import Any
 import fsspec
 
 from gem_vllm.errors import GemError, first_line
+from gem_vllm.folders import fsync
 from gem_vllm.serving.errors import JobError
 from gem_vllm.serving.inputs import InputFile
 from gem_vllm.serving.lock import held
@@ -74,9 +75,9 @@ class OutputFolder:
             os.makedirs(folder, exist_ok=True)
             yield scratch
             if self.local:
-                _fsync(scratch)
+                fsync(scratch)
                 os.replace(scratch, target)
-                _fsync(parent)
+                fsync(parent)
             else:
                 self.fs.put_file(scratch, target)
         except OSError as error:
@@ -247,11 +248,3 @@ class OutputFolder:
             f"{self.url} cannot be written: {first_line(error)}. Mend that, and run the same "
             "command again to go on"
         )
-
-
-def _fsync(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

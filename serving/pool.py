@@ -32,14 +32,19 @@ def ray_cluster(replicas: ReplicaOptions) -> Iterator[None]:
     """Ray, of this job's own unless an address is given or this process is connected already.
 
     Raises:
-        GemError: the address does not answer, or this machine, alone, has no room for the replicas
-            that are to be kept.
+        GemError: the address does not answer; or this machine, alone, has no room for the replicas
+            that are to be kept, or a Python that Ray cannot start.
     """
     if ray.is_initialized():
         yield
         return
     # Without "local" it would be whichever Ray the environment or `ray start` has named.
     address = replicas.ray_address or "local"
+    if address == "local" and any(map(str.isspace, sys.executable)):
+        raise GemError(
+            f"Ray starts no process by {sys.executable}, whose path has a space; install gem-vllm "
+            "in a folder without one"
+        )
     try:
         with _own_sigterm_handler():
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)

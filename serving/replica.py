@@ -21,13 +21,13 @@ from gem_vllm.serving.inputs import BROKEN_FILE, InputFile, read_rows
 from gem_vllm.serving.job_metrics import JobMetrics
 from gem_vllm.serving.manifest import DONE, ERRORS, PLAN, OutputFolder
 from gem_vllm.serving.options import GENERATED, ID, EmbedOptions
+from gem_vllm.serving.output_rows import ERROR_SCHEMA, make_schema, problem_of, row_ids, strings
 from gem_vllm.serving.plan import Shard
-from gem_vllm.serving.vectors import vector_columns, vector_fields
+from gem_vllm.serving.vectors import vector_columns
 
 CHUNKS_IN_FLIGHT = 3
-ERROR_SCHEMA = pa.schema(
-    [("file", pa.string()), ("row", pa.int64()), ("id", pa.string()), ("reason", pa.string())]
-)
+# What is counted of a shard, for its marker and the job's summary.
+COUNTS = ("rows", "embedded", "reported", "tokens")
 
 
 @dataclass
@@ -89,7 +89,7 @@ class Replica:
         """
         row = {key: values[0] for key, values in batch.items()}
         shard = Shard(**{field.name: int(row[field.name]) for field in fields(Shard)})
-        counts = dict.fromkeys(("rows", "embedded", "reported", "tokens"), 0)
+        counts = dict.fromkeys(COUNTS, 0)
         failure = ""
         try:
             counts |= self._write(shard, InputFile(str(row["url"]), 0, ""))
@@ -110,12 +110,7 @@ class Replica:
                 writer.write_table(table)
         self._check_count(shard, file, counts)
         self._write_errors(shard, counts)
-        done = {
-            "rows": counts.rows,
-            "embedded": counts.embedded,
-            "reported": counts.reported,
-            "tokens": counts.tokens,
-        }
+        done = {name: getattr(counts, name) for name in COUNTS}
         self._output.write_json(f"{DONE}/{shard.name}.json", done)
         return done
 
@@ -126,7 +121,7 @@ class Replica:
             if self._engine is None:
                 self._check_node()
                 self._size = o.vector_size()
-                self._schema = self._make_schema(self._bound)
+                self._schema = make_schema(o, self._types, self._size, self._bound)
                 self._engine = EngineThread(
                     o.model, self._engine_options, o.dimensions, o.max_tokens
                 )
@@ -190,7 +185,7 @@ class Replica:
         id_column = self._options.id_column
         needed = [name for name in (id_column, *self._options.prompt_columns()) if name is not None]
         for i, value in enumerate(chunk.columns[self._options.text_column].to_pylist()):
-            problem = chunk.problems.get(i) or _problem_of(value)
+            problem = chunk.problems.get(i) or problem_of(value)
             for name in needed:
                 if problem is None and not chunk.columns[name][i].is_valid:
                     problem = f"column '{name}' is null"
@@ -227,7 +222,7 @@ class Replica:
         good = [i not in chunk.problems for i in range(len(chunk))]
         vectors = [a.vector if a and good[i] else None for i, a in enumerate(embedded)]
         texts = [a.text if a and good[i] else None for i, a in enumerate(answered)]
-        ids = self._ids(chunk, file)
+        ids = row_ids(chunk, file, options)
         self._report(chunk, ids, file, counts)
         tokens = sum(answer.tokens for answer in (*embedded, *answered) if answer)
         counts.rows += len(chunk)
@@ -240,7 +235,7 @@ class Replica:
             **vector_columns(vectors, options.dtype, self._size),
         }
         if options.text_column in options.keep:
-            columns[options.text_column] = _strings(chunk, options.text_column)
+            columns[options.text_column] = strings(chunk, options.text_column)
         if options.generate is not None:
             columns[GENERATED] = pa.array(texts, pa.string())
         arrays = [columns[name] for name in self._schema.names]
@@ -259,28 +254,6 @@ class Replica:
             counts.errors.append((file.url, row, None if id_ is None else str(id_), problem))
         counts.reported += len(chunk.problems)
 
-    def _ids(self, chunk: Chunk, file: InputFile) -> pa.Array:
-        if self._options.id_column is None:
-            rows = range(chunk.start, chunk.start + len(chunk))
-            return pa.array([f"{file.url}:{row}" for row in rows], pa.string())
-        if self._options.id_column == self._options.text_column:
-            return _strings(chunk, self._options.text_column)
-        return chunk.columns[self._options.id_column]
-
-    def _make_schema(self, bound: dict[str, Any]) -> pa.Schema:
-        o, text = self._options, {self._options.text_column: pa.string()}
-        types = {**self._types, **text}
-        id_type = pa.string() if o.id_column is None else types[o.id_column]
-        fields = [
-            pa.field(ID, id_type),
-            *(pa.field(name, types[name]) for name in o.keep),
-            *vector_fields(o.dtype, self._size),
-        ]
-        if o.generate is not None:
-            fields.append(pa.field(GENERATED, pa.string()))
-        metadata = {"gem.checkpoint_sha256": bound["checkpoint"], "gem.dtype": o.dtype}
-        return pa.schema(fields, metadata)
-
 
 def _spread(answers: list[Answer | None], rows: list[int], count: int) -> list[Answer | None]:
     """``answers`` at their rows out of ``count``; None elsewhere, and for no answers at all."""
@@ -288,26 +261,6 @@ def _spread(answers: list[Answer | None], rows: list[int], count: int) -> list[A
     for i, answer in zip(rows, answers or [None] * len(rows), strict=True):
         spread[i] = answer
     return spread
-
-
-def _problem_of(value: bytes | None) -> str | None:
-    if value is None:
-        return "the text is null"
-    if not value:
-        return "the text is empty"
-    try:
-        value.decode("utf-8")
-    except UnicodeDecodeError:
-        return "invalid UTF-8"
-    return None
-
-
-def _strings(chunk: Chunk, name: str) -> pa.Array:
-    values = chunk.columns[name].to_pylist()
-    return pa.array(
-        [None if v is None or _problem_of(v) == "invalid UTF-8" else v.decode() for v in values],
-        pa.string(),
-    )
 
 
 def shard_rows(shards: list[Shard], files: list[InputFile]) -> list[dict[str, Any]]:

@@ -25,7 +25,13 @@ from gem_vllm.training.positives import (
     shared_texts,
     span_pair,
 )
-from gem_vllm.training.sequences import Template, mixed_sequence, pad
+from gem_vllm.training.sequences import (
+    Template,
+    instruction_ids,
+    mixed_sequence,
+    pad,
+    plain_prompt_template,
+)
 
 TOKENIZE_AT_ONCE = 256
 NEGATIVES_PER_PAIR = 4
@@ -290,18 +296,3 @@ class TrainBatches(IterableDataset):
         rate, anchor_rate = options.drop_rate, options.anchor_drop_rate
         assert rate is not None
         return [*dropout_pair(content, rate, rng, anchor_rate=anchor_rate)]
-
-
-def instruction_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
-    """Token ids of an instruction between texts and special tokens."""
-    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else ()
-
-
-def plain_prompt_template(tokenizer: Any) -> Template:
-    """What ``tokenizer`` puts before and after a plain prompt."""
-    content = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole = tokenizer("a")["input_ids"]
-    for start in range(len(whole) - len(content) + 1):
-        if whole[start : start + len(content)] == content:
-            return Template(tuple(whole[:start]), tuple(whole[start + len(content) :]))
-    raise GemError("the base's tokenizer changes a plain prompt's own tokens; it cannot be used")

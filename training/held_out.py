@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ class HeldOutPairs:
     def __init__(self, file: Path, tokenizer: Any, template: Template, max_content: int) -> None:
         if not os.path.isfile(file) or not is_jsonl(file):
             raise GemError(f"--held-out-pairs {file}: give a .jsonl or .jsonl.gz file")
-        pairs = read_scored_pairs(file)
+        pairs = _read_scored_pairs(file)
         self.scores = torch.tensor([float(pair["score"]) for pair in pairs])
         if not pairs or bool((self.scores == self.scores[0]).all()):
             raise GemError(f"--held-out-pairs {file}: needs pairs with scores that differ")
@@ -42,7 +43,9 @@ class HeldOutPairs:
 
     @torch.no_grad()
     def spearman(self, model: GemTrainingModel) -> float:
-        """Spearman's correlation of the pairs' cosines with their scores."""
+        """Spearman's correlation of the pairs' cosines with their scores; nan for equal cosines."""
+        import scipy.stats  # takes a while
+
         model.eval()
         device = next(model.parameters()).device
         order = sorted(range(len(self.rows)), key=lambda row: len(self.rows[row]))
@@ -53,21 +56,13 @@ class HeldOutPairs:
             vectors = model.embed(token_ids.to(device), lengths.to(device))
             pooled |= zip(chosen, vectors.cpu(), strict=True)
         first, second = torch.stack([pooled[row] for row in range(len(order))]).chunk(2)
-        return spearman((first * second).sum(dim=-1), self.scores)
+        cosines = (first * second).sum(dim=-1)
+        if bool((cosines == cosines[0]).all()):
+            return math.nan  # scipy would say so with a warning
+        return float(scipy.stats.spearmanr(cosines.numpy(), self.scores.numpy()).statistic)
 
 
-def spearman(first: torch.Tensor, second: torch.Tensor) -> float:
-    """Pearson's correlation of average ranks; first, second: [n]."""
-    return float(torch.corrcoef(torch.stack([_average_ranks(first), _average_ranks(second)]))[0, 1])
-
-
-def _average_ranks(values: torch.Tensor) -> torch.Tensor:
-    """Ranks from 0, float64 [n]; equal values share the mean of theirs."""
-    _, group, counts = values.double().unique(return_inverse=True, return_counts=True)
-    return (counts.cumsum(0) - (counts + 1) / 2)[group]
-
-
-def read_scored_pairs(file: Path) -> list[dict[str, Any]]:
+def _read_scored_pairs(file: Path) -> list[dict[str, Any]]:
     """The objects of a .jsonl file, also .gz, with ``sentence1``, ``sentence2`` and ``score``.
 
     Raises GemError, with the line, for what cannot be read.

@@ -26,11 +26,11 @@ from gem_vllm.machine import (
     serve_environment,
 )
 from gem_vllm.tokens import load_tokenizer
-from gem_vllm.training.batches import plain_prompt_template
 from gem_vllm.training.data import TextSource
 from gem_vllm.training.pairs import check_pairs_file, write_pairs
 from gem_vllm.training.question_forms import FORMS
 from gem_vllm.training.round_trip import found_again
+from gem_vllm.training.sequences import plain_prompt_template
 
 MAX_PASSAGE_TOKENS = 320
 MAX_QUESTION_TOKENS = 32

@@ -17,14 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from gem_vllm.checkpoint import add_special_tokens, load_base, save_checkpoint
 from gem_vllm.config import GemConfig
 from gem_vllm.errors import GemError
-from gem_vllm.folders import (
-    check_writable,
-    is_no_room,
-    read_json,
-    refuse_inside,
-    writable_parent,
-    write_json,
-)
+from gem_vllm.folders import is_no_room, write_json
 from gem_vllm.tokens import load_tokenizer
 from gem_vllm.training import peers
 from gem_vllm.training.adapter_model import add_adapter
@@ -34,14 +27,22 @@ from gem_vllm.training.held_out import HeldOutPairs
 from gem_vllm.training.model import GemTrainingModel
 from gem_vllm.training.model_card import source_commit, write_model_card
 from gem_vllm.training.modes import model_class
-from gem_vllm.training.options import TrainOptions, compute_dtype, flag
+from gem_vllm.training.options import TrainOptions, compute_dtype
+from gem_vllm.training.run_folder import (
+    FINISHED_FILE,
+    check_folders,
+    is_disk_full,
+    is_finished,
+    start_run,
+    step_of,
+    whole_checkpoints,
+)
+from gem_vllm.training.sequences import Template
 from gem_vllm.training.sharding import ShardedTrainer, shard_base
 from gem_vllm.training.teacher import load_teacher
-from gem_vllm.training.trainer import SPEARMAN, GemTrainer, whole_checkpoints
-from gem_vllm.weights import EMBEDDING, read_tensor, weights_size
+from gem_vllm.training.trainer import SPEARMAN, GemTrainer
+from gem_vllm.weights import EMBEDDING, read_tensor
 
-OPTIONS_FILE = "options.json"
-FINISHED_FILE = "finished.json"
 # Of the other processes for the first, which alone reads all of the data and the base, to know them
 # again, and writes the result.
 LONGEST_WAIT = timedelta(days=1)
@@ -67,19 +68,19 @@ def train(
     state = join_processes()
     commit = source_commit()
     if state.is_main_process:
-        _check_folders(options, resume=resume, overwrite=overwrite)
+        check_folders(options, resume=resume, overwrite=overwrite)
     state.wait_for_everyone()
-    if resume and _is_finished(options):
+    if resume and is_finished(options):
         if state.is_main_process:
             print(f"{options.out}: already finished", file=sys.stderr)
         return options.out
     trainer, tokenizer, gem_config = make_trainer(options, progress=progress)
     try:
         if state.is_main_process:
-            _start_run(options, resume=resume)
+            start_run(options, resume=resume)
         state.wait_for_everyone()
         start = next(reversed(whole_checkpoints(options.run_folder)), None)
-        step = 0 if start is None else int(start.name.rpartition("-")[2])
+        step = 0 if start is None else step_of(start)
         _check_same_step(step, options, trainer.args.device)
         trainer.train_dataset.start_step = step
         trainer.train(resume_from_checkpoint=None if start is None else str(start))
@@ -96,7 +97,7 @@ def train(
             ) from error
         raise
     except (OSError, RuntimeError, SafetensorError) as error:
-        if _is_disk_full(error, options.run_folder):
+        if is_disk_full(error, options.run_folder):
             raise GemError(
                 f"the disk of {options.run_folder} is full; the last checkpoint there is whole: "
                 "make room and continue with --resume"
@@ -135,17 +136,8 @@ def make_trainer(
         held_out = HeldOutPairs(
             Path(options.held_out_pairs), plain_tokenizer, batches.template, batches.max_content
         )
-    gem_config = GemConfig(
-        special_ids,
-        options.pooling,
-        options.mode,
-        options.base.resolve().name,
-        instruction_ids=batches.template.instruction,
-        extra={"matryoshka_dimensions": list(options.matryoshka)} if options.matryoshka else {},
-    )
-    size = gem_config.embedding_size(model.config.get_text_config().hidden_size)
-    if max(options.matryoshka, default=0) > size:
-        raise GemError(f"--matryoshka is over an embedding's size, which is {size} here")
+    hidden_size = model.config.get_text_config().hidden_size
+    gem_config = _gem_config(options, special_ids, batches.template, hidden_size)
     training_model = build_model(model, special_ids, options)
     training_model.instruction_tokens = len(batches.template.instruction)
     arguments = training_arguments(options, bf16=dtype == torch.bfloat16)
@@ -171,6 +163,24 @@ def make_trainer(
         progress=progress,
     )
     return trainer, tokenizer, gem_config
+
+
+def _gem_config(
+    options: TrainOptions, special_ids: tuple[int, ...], template: Template, hidden_size: int
+) -> GemConfig:
+    """The run's gem_config; GemError for a --matryoshka that no embedding is as large as."""
+    gem_config = GemConfig(
+        special_ids,
+        options.pooling,
+        options.mode,
+        options.base.resolve().name,
+        instruction_ids=template.instruction,
+        extra={"matryoshka_dimensions": list(options.matryoshka)} if options.matryoshka else {},
+    )
+    size = gem_config.embedding_size(hidden_size)
+    if max(options.matryoshka, default=0) > size:
+        raise GemError(f"--matryoshka is over an embedding's size, which is {size} here")
+    return gem_config
 
 
 def build_model(
@@ -262,57 +272,6 @@ def _on_a_whole_base(
     return whole.lm
 
 
-def _check_folders(options: TrainOptions, *, resume: bool, overwrite: bool) -> None:
-    """Raise GemError where --base, --out or the run's folder is not what the run needs."""
-    run = options.run_folder
-    if resume and overwrite:
-        raise GemError("give --resume or --overwrite, not both")
-    if not os.path.isdir(options.base):
-        raise GemError(f"--base {options.base} is not a folder; name a model folder here")
-    if options.teacher is not None and not os.path.isdir(options.teacher):
-        raise GemError(f"--teacher {options.teacher} is not a folder; name a GEM checkpoint here")
-    refuse_inside(options.out, options.base)  # checkpoints there would change its hash
-    used = [path for path in (options.out, run) if os.path.exists(path) and not _is_empty(path)]
-    if used and not resume and not overwrite:
-        raise GemError(
-            f"{used[0]} is not empty; continue its run with --resume, start anew with --overwrite,"
-            " or choose another --out"
-        )
-    if not (resume and _is_finished(options)):
-        check_writable(options.out, weight_bytes=weights_size(options.base))
-        writable_parent(run / OPTIONS_FILE)
-    recorded = run / OPTIONS_FILE
-    if resume and options.out in used and not recorded.is_file():
-        raise GemError(
-            f"{options.out} is there, but not the run that it is of ({run}), to be continued; "
-            "start anew with --overwrite, or choose another --out"
-        )
-    if overwrite and run.exists() and not recorded.is_file():
-        raise GemError(f"{run} is no folder of a training run; remove it, or choose another --out")
-    if resume and recorded.is_file():
-        differs = options.difference(read_json(recorded))
-        if differs:
-            flags = ", ".join(flag(name) for name in differs)
-            raise GemError(f"--resume needs the options of the run's start; these differ: {flags}")
-
-
-def _start_run(options: TrainOptions, *, resume: bool) -> None:
-    """Make the run's folder, anew, or with the whole checkpoints that there are to go on from."""
-    run = options.run_folder
-    if run.exists() and not resume:
-        shutil.rmtree(run)
-    run.mkdir(parents=True, exist_ok=True)
-    (run / FINISHED_FILE).unlink(missing_ok=True)  # its result is gone
-    if not (run / OPTIONS_FILE).is_file():
-        write_json(run / OPTIONS_FILE, options.bound())
-    whole = whole_checkpoints(run)
-    for partial in set(run.glob("checkpoint-*")).difference(whole):
-        shutil.rmtree(partial)
-    if resume:
-        where = f"step {whole[-1].name.rpartition('-')[2]}" if whole else "the start"
-        print(f"{run}: continuing from {where}", file=sys.stderr)
-
-
 def _check_same_step(step: int, options: TrainOptions, device: torch.device) -> None:
     """GemError in a process that does not see the checkpoint that another goes on from."""
     if peers.count() > 1 and (newest := peers.largest(step, device)) != step:
@@ -332,23 +291,9 @@ def _check_same_dtype(dtype: torch.dtype, device: torch.device) -> None:
         )
 
 
-def _is_finished(options: TrainOptions) -> bool:
-    """Whether the run has written its result, and it is still there."""
-    return os.path.isfile(options.run_folder / FINISHED_FILE) and options.out.is_dir()
-
-
-def _is_empty(path: Path) -> bool:
-    return path.is_dir() and not any(path.iterdir())
-
-
 def join_processes() -> PartialState:
     """Meet the other processes, where a launcher (torchrun, accelerate) has started several."""
     for name in ("FSDP", "DEEPSPEED"):
         if os.environ.get(f"ACCELERATE_USE_{name}") == "true":
             raise GemError(f"training shards by itself: launch it without {name}, and give --shard")
     return PartialState(cpu=not torch.cuda.is_available(), timeout=LONGEST_WAIT)
-
-
-def _is_disk_full(error: BaseException, folder: Path) -> bool:
-    """Whether writing failed for want of space; what torch raises then does not say so."""
-    return is_no_room(error) or shutil.disk_usage(folder).free < 1 << 20

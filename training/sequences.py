@@ -5,8 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+
+from gem_vllm.errors import GemError
 
 IGNORE = -100
 
@@ -34,6 +37,21 @@ class Template:
     def length(self) -> int:
         """Tokens beside a text's own."""
         return len(self.wrap_to_embed(()))
+
+
+def plain_prompt_template(tokenizer: Any) -> Template:
+    """What ``tokenizer`` puts before and after a plain prompt."""
+    content = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    for start in range(len(whole) - len(content) + 1):
+        if whole[start : start + len(content)] == content:
+            return Template(tuple(whole[:start]), tuple(whole[start + len(content) :]))
+    raise GemError("the base's tokenizer changes a plain prompt's own tokens; it cannot be used")
+
+
+def instruction_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
+    """Token ids of an instruction between texts and special tokens."""
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else ()
 
 
 def mixed_sequence(

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
 from transformers import (
@@ -30,8 +27,8 @@ from gem_vllm.training.held_out import HeldOutPairs
 from gem_vllm.training.losses import MAX_LOG_TEMPERATURE
 from gem_vllm.training.model import GemTrainingModel
 from gem_vllm.training.options import TrainOptions
+from gem_vllm.training.run_folder import MarkWhole
 
-WHOLE = "whole.json"
 SPEARMAN = "eval_spearman"
 LOSSES = ("loss_ntp", "loss_cl", "loss_lex")
 LENGTHS = ("cl_lengths", "ntp_lengths", "lex_lengths")
@@ -272,48 +269,3 @@ class StopWhenNoBetter(TrainerCallback):
     def _is_time(self, state: TrainerState) -> bool:
         scores = [log[SPEARMAN] for log in state.log_history if SPEARMAN in log]
         return bool(scores) and len(scores) - 1 - scores.index(max(scores)) >= self.patience
-
-
-class MarkWhole(TrainerCallback):
-    """Mark a checkpoint whole once all of it is on disk; only such a one is resumed from.
-
-    ``Trainer`` deletes an older checkpoint only when the newer one is written, and two at least are
-    kept, so one that is whole is there whatever happens while the next is being written.
-    """
-
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Flush the new checkpoint's files to disk, then write the mark."""
-        PartialState().wait_for_everyone()  # each process has a file of its own in it
-        if not state.is_world_process_zero:
-            return
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        sizes = {}
-        for path in sorted(folder.iterdir()):
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-            sizes[path.name] = path.stat().st_size
-        mark = folder / f"{WHOLE}.tmp"
-        with mark.open("w", encoding="utf-8") as file:
-            json.dump(sizes, file)
-            file.flush()
-            os.fsync(file.fileno())
-        mark.replace(folder / WHOLE)
-
-
-def whole_checkpoints(run_folder: Path) -> list[Path]:
-    """Checkpoints of a run that are complete, oldest first."""
-    found = [
-        folder
-        for folder in run_folder.glob("checkpoint-*")
-        if (mark := folder / WHOLE).is_file() and _matches(folder, json.loads(mark.read_text()))
-    ]
-    return sorted(found, key=lambda folder: int(folder.name.rpartition("-")[2]))
-
-
-def _matches(folder: Path, sizes: dict[str, int]) -> bool:
-    return all(
-        (path := folder / name).is_file() and path.stat().st_size == size
-        for name, size in sizes.items()
-    )

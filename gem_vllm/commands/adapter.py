@@ -30,7 +30,7 @@ def extract(
     For a 135M base and rank 16 that is about 10 MB, small enough to share. Whoever has the same
     base model gets the checkpoint back with `gem-vllm adapter apply`.
     """
-    from gem_vllm.adapter import extract_adapter
+    from gem_vllm.adapter_files import extract_adapter
     from gem_vllm.folders import refuse_existing
 
     refuse_existing(out, overwrite=overwrite)
@@ -50,7 +50,7 @@ def apply(
     The base must have the very weights that the adapter was trained on; this is checked. Its
     folder is only read.
     """
-    from gem_vllm.adapter import apply_adapter
+    from gem_vllm.adapter_files import apply_adapter
     from gem_vllm.folders import refuse_existing
 
     refuse_existing(out, overwrite=overwrite)

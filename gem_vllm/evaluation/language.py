@@ -12,7 +12,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from gem_vllm.training.batches import plain_prompt_template
+from gem_vllm.training.sequences import plain_prompt_template
 
 # Of a continuation: its log-likelihood, and whether greedy decoding gives it.
 _Scored = tuple[float, bool]

@@ -20,6 +20,7 @@ from vllm.renderers.hf import HfRenderer
 
 from gem_vllm.config import GemConfig, special_token
 from gem_vllm.plugin.request_options import OPTION, asked_for
+from gem_vllm.plugin.validation import refuse_spelled
 
 # In a prompt, between rendering and its token ids: how many runs were put in.
 _RUNS = "_gem_runs"
@@ -67,7 +68,7 @@ class GemHfRenderer(HfRenderer):
             return messages, 0
         gem_config = GemConfig.from_hf_config(self.model_config.hf_config)
         for message in messages:
-            _check_text(message, gem_config)
+            refuse_spelled(str(message), gem_config)
         run = "".join(special_token(i) for i in range(gem_config.k))
         return [
             _ending_with(message, run) if compress else message
@@ -115,16 +116,6 @@ def _noted(prompt: Any, runs: int) -> Any:
     if runs:
         prompt[_RUNS] = runs
     return prompt
-
-
-def _check_text(message: Any, gem_config: GemConfig) -> None:
-    """Refuse messages that spell a special token, wherever they do."""
-    spelled = str(message)
-    for i in range(gem_config.k):
-        if special_token(i) in spelled:
-            raise VLLMValidationError(
-                f"A message spells the reserved GEM token {special_token(i)}. Take it out."
-            )
 
 
 def _ending_with(message: Mapping[str, Any], run: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import ablations
 import pytest
+from ablation_report import markdown
 from ablation_rows import GROUPS, RECIPE, Row
 from ablations import (
     LEAST_KEYWORDS,
@@ -17,7 +18,6 @@ from ablations import (
     check_work,
     keywords,
     lead,
-    markdown,
     rows_to_do,
     settings_of,
     texts_of,

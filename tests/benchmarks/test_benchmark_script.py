@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import benchmark_script
 import pytest
@@ -14,11 +16,15 @@ from benchmark_script import (
     add_out,
     check_same_settings,
     commit,
+    in_turn,
+    quartiles,
     run_script,
     shown_command,
+    write_result,
 )
 
 from gem_vllm.errors import GemError
+from gem_vllm.folders import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -85,3 +91,41 @@ def test_the_folder_for_results_is_made_before_the_work(
         parser.parse_args(["--out", str(tmp_path / "file" / "results")])
     assert ended.value.code == 2
     assert f"{tmp_path / 'file' / 'results'} cannot be made" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_a_result_is_written_before_its_page_is_made(narrow: bool, tmp_path: Path) -> None:
+    first, second = {"name": "é", "seconds": [1.0]}, {"name": "é", "seconds": [1.0, 2.0]}
+
+    def page(result: dict[str, Any]) -> str:
+        assert json.loads((tmp_path / "it.json").read_text(encoding="utf-8")) == result
+        if result == second:
+            raise ValueError("no page of it")
+        return f"{result['name']}\n"
+
+    write_result(tmp_path, "it", first, page, narrow=narrow)
+    if narrow:
+        assert (tmp_path / "it.json").read_text() == json.dumps(first, indent=1) + "\n"
+    else:
+        write_json(tmp_path / "as.json", first)
+        assert (tmp_path / "it.json").read_bytes() == (tmp_path / "as.json").read_bytes()
+        (tmp_path / "as.json").unlink()
+    with pytest.raises(ValueError, match="no page"):
+        write_result(tmp_path, "it", second, page, narrow=narrow)
+    assert (tmp_path / "it.md").read_text(encoding="utf-8") == "é\n"
+    assert {path.name for path in tmp_path.iterdir()} == {"it.json", "it.md"}
+
+
+def test_the_order_turns_round() -> None:
+    peers = {"a": 1, "b": 2, "c": 3}
+    assert [in_turn(peers, round_) for round_ in range(3)] == [
+        ["a", "b", "c"],
+        ["c", "b", "a"],
+        ["a", "b", "c"],
+    ]
+
+
+def test_quartiles_of_few_rounds() -> None:
+    assert quartiles([2.0]) == (2.0, 2.0)
+    assert quartiles([1.0, 2.0]) == (1.25, 1.75)
+    assert quartiles([5.0, 1.0, 3.0, 2.0, 4.0]) == (2.0, 4.0)

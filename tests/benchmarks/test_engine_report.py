@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from engine_facts import texts_of_length, weight_bytes
+from engine_facts import weight_bytes
 from engine_loads import CPU, FULL, mixed_amounts, mixed_loads, solo_amount
-from engine_report import markdown, quartiles, ratios, ratios_by_round
+from engine_report import markdown, ratios, ratios_by_round
 from safetensors.torch import save_file
+from wikipedia_texts import texts_of_length
 
 
 @pytest.fixture
@@ -47,12 +48,6 @@ def test_rounds_are_compared_with_each_other(result: dict[str, Any]) -> None:
     result["solo"]["generate"]["generating"].pop()
     with pytest.raises(ValueError, match="shorter"):
         ratios_by_round(result)
-
-
-def test_quartiles_of_few_rounds() -> None:
-    assert quartiles([2.0]) == (2.0, 2.0)
-    assert quartiles([1.0, 2.0]) == (1.25, 1.75)
-    assert quartiles([5.0, 1.0, 3.0, 2.0, 4.0]) == (2.0, 4.0)
 
 
 def test_ratios(result: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from gem_vllm import cli
 from gem_vllm.commands.train import train
 from gem_vllm.training.model_card import option_words
 from gem_vllm.training.options import TrainOptions
-from gem_vllm.training.trainer import whole_checkpoints
+from gem_vllm.training.run_folder import whole_checkpoints
 
 
 @pytest.fixture

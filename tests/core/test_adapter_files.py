@@ -12,13 +12,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, GenerationConfig
 
-from gem_vllm.checkpoint import (
-    add_special_tokens,
-    apply_adapter,
-    extract_adapter,
-    load_base,
-    load_checkpoint,
-)
+from gem_vllm.adapter_files import apply_adapter, extract_adapter
+from gem_vllm.checkpoint import add_special_tokens, load_base, load_checkpoint
 from gem_vllm.config import GemConfig
 from gem_vllm.errors import GemConfigError, GemError
 from gem_vllm.reference import ReferenceEmbedder

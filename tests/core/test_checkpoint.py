@@ -69,7 +69,7 @@ def test_base_is_kept_bit_for_bit(family, dtype, tiny_base, tmp_path):
     delta = peft_model.get_input_embeddings().token_adapter.trainable_tokens_delta["default"]
     delta.data.normal_()
     folder = tmp_path / "gem"
-    save_checkpoint(folder, model, tokenizer, GemConfig(ids), adapter=peft_model)
+    save_checkpoint(folder, peft_model, tokenizer, GemConfig(ids))
 
     before, after = (load_file(path / "model.safetensors") for path in (base, folder))
     assert before.keys() == after.keys()

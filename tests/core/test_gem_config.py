@@ -11,12 +11,11 @@ from gem_vllm.config import (
     MAX_SPECIAL_TOKENS,
     SUPPORTED_ARCHITECTURES,
     GemConfig,
-    GemConfigError,
     base_architecture,
     gem_architecture,
     special_token,
 )
-from gem_vllm.errors import GemError
+from gem_vllm.errors import GemConfigError, GemError
 
 GOOD = {
     "version": 1,

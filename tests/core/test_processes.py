@@ -15,7 +15,7 @@ import pytest
 from gem_vllm import processes
 from gem_vllm.errors import GemError
 from gem_vllm.processes import process_group, wait_for
-from tests.demo.stand_ins import alive, started, until
+from tests.processes import alive, started, wait_until
 
 FAMILY = """
 import os, signal, subprocess, sys, time
@@ -38,7 +38,7 @@ with terminated_like_interrupted(), process_group([sys.executable, "-c", *sys.ar
 
 
 def pids_in(file: Path) -> list[int]:
-    assert until(file.exists)
+    wait_until(file.exists, "the family is there", 120)
     return [int(pid) for pid in file.read_text().split()]
 
 
@@ -67,24 +67,25 @@ def test_who_ignores_sigterm_is_killed(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(processes, "GRACE_SECONDS", 0.3)
     with process_group([sys.executable, "-c", FAMILY, str(tmp_path / "pids"), "stubborn"]):
         pids = pids_in(tmp_path / "pids")
-    assert until(lambda: not any(map(alive, pids)))
+    wait_until(lambda: not any(map(alive, pids)), "the family ends", 120)
 
 
 @pytest.mark.usefixtures("as_in_a_terminal")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_to_the_owner_ends_them(number: signal.Signals, tmp_path: Path) -> None:
     command = [sys.executable, "-c", OWNER, FAMILY, str(tmp_path / "pids")]
-    with started(command) as owner:
+    with started(command, stderr=subprocess.DEVNULL) as owner:
         pids = pids_in(tmp_path / "pids")
         owner.send_signal(number)
         assert owner.wait(timeout=120) != 0
-    assert until(lambda: not any(map(alive, pids)), seconds=30)
+    wait_until(lambda: not any(map(alive, pids)), "the family ends", 30)
 
 
 def test_an_ignored_signal_stays_ignored(tmp_path: Path) -> None:
     """As under nohup, where the terminal that closes is to end nothing."""
     code = f"import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); {OWNER}"
-    with started([sys.executable, "-c", code, FAMILY, str(tmp_path / "pids")]) as owner:
+    command = [sys.executable, "-c", code, FAMILY, str(tmp_path / "pids")]
+    with started(command, stderr=subprocess.DEVNULL) as owner:
         pids = pids_in(tmp_path / "pids")
         owner.send_signal(signal.SIGHUP)
         with pytest.raises(subprocess.TimeoutExpired):
@@ -106,7 +107,7 @@ def test_ctrl_c_at_any_moment_leaves_nothing(delay: float | None, tmp_path: Path
             mark in (each.info["cmdline"] or ()) for each in psutil.process_iter(["cmdline"])
         )
 
-    with started(command, stdout=subprocess.PIPE) as owner:
+    with started(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as owner:
         assert owner.stdout is not None
         assert owner.stdout.readline() == b"begins\n"
         if delay is None:
@@ -117,8 +118,8 @@ def test_ctrl_c_at_any_moment_leaves_nothing(delay: float | None, tmp_path: Path
         owner.send_signal(signal.SIGINT)
         owner.send_signal(signal.SIGINT)
         assert owner.wait(timeout=120) == -signal.SIGINT
-    assert until(lambda: not marked(), seconds=30)
-    assert until(lambda: not any(map(alive, pids)), seconds=30)
+    wait_until(lambda: not marked(), "the owner and the family's first end", 30)
+    wait_until(lambda: not any(map(alive, pids)), "the family ends", 30)
 
 
 def test_output_goes_to_the_log(tmp_path: Path) -> None:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
-from subprocess import DEVNULL, Popen
-from typing import Any
+from subprocess import Popen
 
 import numpy as np
 import pytest
@@ -64,29 +61,3 @@ def without_a_model(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(run, "embed_with_base", embed)
     patch.setattr(machine, "has_cuda", lambda: False)
-
-
-def alive(pid: int) -> bool:
-    """Whether a process runs; a zombie does not."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"
-
-
-@contextmanager
-def started(command: list[str], **options: Any) -> Iterator[Popen[bytes]]:
-    """A process that does not outlive the block, whatever ends it."""
-    with Popen(command, stderr=DEVNULL, **options) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def until(condition: Callable[[], bool], seconds: float = 120.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return condition()

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
+import contextlib
+import os
 import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from gem_vllm.demo import server
 from gem_vllm.demo.client import Client, Totals
 from gem_vllm.machine import free_ports, serve_environment
 from gem_vllm.processes import process_group
+from tests.processes import alive
 from tests.tiny import make_tiny_checkpoint
 
 
@@ -51,9 +54,10 @@ def test_every_process_of_the_engine_ends_with_it(
     assert members_of_session(process.pid) == []
 
 
-def members_of_session(session: int) -> list[str]:
-    listing = subprocess.run(
-        ["ps", "-eo", "sid=,stat=,args="], capture_output=True, text=True, check=True
-    )
-    rows = (line.split(None, 2) for line in listing.stdout.splitlines())
-    return [row[2] for row in rows if int(row[0]) == session and not row[1].startswith("Z")]
+def members_of_session(session: int) -> list[int]:
+    members = []
+    for pid in psutil.pids():
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            if os.getsid(pid) == session and alive(pid):
+                members.append(pid)
+    return members

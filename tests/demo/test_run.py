@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from rich.console import Console
 
@@ -23,7 +24,8 @@ from gem_vllm.demo.client import STEPS_METRIC, Client, Totals, parse_step_counts
 from gem_vllm.demo.run import DemoOptions, run_demo, steps_for
 from gem_vllm.demo.server import serve_command
 from gem_vllm.errors import GemError
-from tests.demo.stand_ins import alive, stand_ins, started, until, without_a_model
+from tests.demo.stand_ins import stand_ins, without_a_model
+from tests.processes import alive, started, wait_until
 from tests.tiny import make_tiny_base
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,7 +77,7 @@ def test_a_server_that_fails_ends_the_demo_with_its_log(
 def test_ctrl_c_leaves_no_process(moment: str, number: signal.Signals, tmp_path: Path) -> None:
     reached = tmp_path / "out" / "checkpoint" / ("pids" if moment == "slow" else moment)
     command = [sys.executable, "-c", DRIVER, str(tmp_path), moment]
-    with started(command, cwd=ROOT, stdout=subprocess.DEVNULL) as driver:
+    with started(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as driver:
         deadline = time.monotonic() + 300
         while not reached.exists() and time.monotonic() < deadline and driver.poll() is None:
             time.sleep(0.05)
@@ -87,10 +89,10 @@ def test_ctrl_c_leaves_no_process(moment: str, number: signal.Signals, tmp_path:
         assert driver.wait(timeout=120) != 0
 
     def left() -> bool:
-        listing = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)
-        return any(map(alive, pids)) or str(tmp_path) in listing.stdout
+        words = (process.info["cmdline"] or () for process in psutil.process_iter(["cmdline"]))
+        return any(map(alive, pids)) or any(str(tmp_path) in " ".join(line) for line in words)
 
-    assert until(lambda: not left(), seconds=30)
+    wait_until(lambda: not left(), "all processes end", 30)
 
 
 def test_foreign_folders_and_bad_input_are_refused_before_work(

@@ -61,7 +61,7 @@ def test_the_tables_hold_both_models(folder: Path, options: EvaluateOptions) -> 
     assert list(result["embedding"]) == ["Sts", "Search"]
     assert {"base", "gem"} <= result["embedding"]["Sts"].keys()
     assert result["language"]["base"] == result["language"]["gem"]  # float32, adapter mode
-    table = (folder / "results.md").read_text()
+    table = (folder / "results.md").read_text(encoding="utf-8")
     assert f"| {options.base.name} | {Path(options.model).name} |" in table
     for text in (
         "| Sts | cosine_spearman (dev) |",

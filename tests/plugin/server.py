@@ -19,7 +19,7 @@ from gem_vllm.processes import process_group
 from gem_vllm.reference import ReferenceEmbedder
 
 LIMIT = 256
-START_SECONDS = 400
+START_SECONDS = 900
 VLLM = str(Path(sys.executable).with_name("vllm"))
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from vllm import SamplingParams
 
-from gem_vllm.adapter import apply_adapter
+from gem_vllm.adapter_files import apply_adapter
 from gem_vllm.commands.fetch import fetch_model
 from gem_vllm.machine import serve_dtype
 from gem_vllm.reference import ReferenceEmbedder

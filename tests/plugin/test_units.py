@@ -229,6 +229,7 @@ def test_an_adapter_elsewhere_than_in_a_folder_or_on_the_hub_is_refused(
     load_general_plugins()
     folder = tiny_checkpoint("llama", k=4)
     config = EngineArgs(model=str(folder), enforce_eager=True).create_engine_config()
+    config.model_config.pooler_config = None  # as it was before it was set
     config.model_config.model_weights = "s3://bucket/model"
     with pytest.raises(ValueError, match="Download s3://bucket/model, and serve that folder"):
         GemModelConfig.verify_and_update_config(config)

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,6 +26,8 @@ ENGINE = {
     "max_num_batched_tokens": 512,
 }
 REPLICAS = ReplicaOptions(engine=ENGINE)
+# For what a job does, the start of Ray and of its engines included.
+WAIT_SECONDS = 400
 WORDS = ("river", "bridge", "library", "moon", "bread", "capital", "France", "water", "rock")
 
 
@@ -104,20 +102,3 @@ def embed_command(model: Path, folder: Path | str) -> list[str]:
         *("--input", f"{folder}/in.jsonl", "--output", f"{folder}/out"),
         *("--id-column", "id", "--rows-per-shard", "50", "--engine", json.dumps(ENGINE)),
     ]
-
-
-@contextlib.contextmanager
-def running(command: list[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
-    """A process that does not outlive the block, whatever ends it."""
-    with subprocess.Popen(command, text=True, **options) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 400.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.1)

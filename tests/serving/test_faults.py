@@ -17,14 +17,8 @@ from raylets import is_replica, kill, raylets
 
 from gem_vllm import cli
 from gem_vllm.serving.manifest import DONE
-from tests.serving.jobs import (
-    check_all_rows,
-    embed_command,
-    finished_shards,
-    jsonl,
-    running,
-    wait_for,
-)
+from tests.processes import started, wait_until
+from tests.serving.jobs import WAIT_SECONDS, check_all_rows, embed_command, finished_shards, jsonl
 from tests.serving.processes import replicas_of, standing_still
 
 # Seconds of work after the engine's start, so that a kill after the first shards is in the middle.
@@ -34,9 +28,9 @@ ROWS = 4000
 def test_a_replica_that_dies_again_and_again_ends_the_job(model: Path, tmp_path: Path) -> None:
     jsonl(tmp_path / "in.jsonl", 20)
     command = embed_command(model, tmp_path)
-    with running(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with started(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         driver = psutil.Process(process.pid)
-        wait_for(lambda: bool(replicas_of(driver)))
+        wait_until(lambda: replicas_of(driver), "a replica starts", WAIT_SECONDS)
         deadline = time.monotonic() + 600
         while process.poll() is None:
             assert time.monotonic() < deadline, "the job goes on"
@@ -58,15 +52,19 @@ def disturbed(
         Its exit status and what it printed. Whoever had a model in memory is gone.
     """
     before = finished_shards(output)
-    with running(command, stdout=subprocess.PIPE) as process:
+    with started(command, stdout=subprocess.PIPE, text=True) as process:
         driver = psutil.Process(process.pid)
-        wait_for(lambda: finished_shards(output) >= before + 2)
+        wait_until(lambda: finished_shards(output) >= before + 2, "two more shards", WAIT_SECONDS)
         everything = driver.children(recursive=True)
         replicas = [process for process in everything if is_replica(process)]
         with standing_still(replicas):
             disturb(driver, replicas)
         printed, _ = process.communicate(timeout=600)
-    wait_for(lambda: not any(is_replica(process) for process in everything))
+    wait_until(
+        lambda: not any(is_replica(process) for process in everything),
+        "the replicas end",
+        WAIT_SECONDS,
+    )
     return process.returncode, printed
 
 
@@ -96,11 +94,11 @@ def test_a_node_that_is_killed_costs_nothing(model: Path, tmp_path: Path) -> Non
     with raylets(2) as nodes:
         command = [*embed_command(model, tmp_path), "--ray-address", nodes.address]
         command += ["--min-replicas", "2", "--cpus-per-replica", "1"]
-        with running(command, stdout=subprocess.PIPE) as process:
-            wait_for(lambda: finished_shards(tmp_path / "out") >= 1)
+        with started(command, stdout=subprocess.PIPE, text=True) as process:
+            wait_until(lambda: finished_shards(tmp_path / "out") >= 1, "a shard", WAIT_SECONDS)
             nodes.kill_node(0)
             printed, _ = process.communicate(timeout=600)
-        wait_for(lambda: not nodes.replicas())
+        wait_until(lambda: not nodes.replicas(), "the replicas end", WAIT_SECONDS)
     assert (process.returncode, json.loads(printed)["rows_embedded"]) == (0, ROWS)
     check_all_rows(model, tmp_path / "out", ROWS)
 

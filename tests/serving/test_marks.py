@@ -65,7 +65,7 @@ def test_every_shard_begins_at_a_mark(
 
 def test_what_is_before_a_mark_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_text(JSON)
+    path.write_text(JSON, encoding="utf-8")
     plan = plan_of(path, 30)
     data = path.read_bytes()
     path.write_bytes(bytes(plan.shards[-1].from_byte) + data[plan.shards[-1].from_byte :])

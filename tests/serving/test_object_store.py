@@ -16,7 +16,8 @@ from gem_vllm.demo.server import wait_until_healthy
 from gem_vllm.machine import free_ports
 from gem_vllm.processes import process_group
 from gem_vllm.serving.manifest import DONE
-from tests.serving.jobs import check_all_rows, embed_command, jsonl, running, wait_for
+from tests.processes import started, wait_until
+from tests.serving.jobs import WAIT_SECONDS, check_all_rows, embed_command, jsonl
 
 HOST = "127.0.0.1"
 # Seconds of work after the engine's start, so that the kill is in the middle of it.
@@ -56,8 +57,8 @@ def test_a_job_in_an_object_store_is_gone_on_with(
         bucket.invalidate_cache()
         return len(bucket.glob(f"texts/out/{DONE}/*.json"))
 
-    with running(command, stdout=subprocess.DEVNULL) as process:
-        wait_for(lambda: finished() >= 2)
+    with started(command, stdout=subprocess.DEVNULL) as process:
+        wait_until(lambda: finished() >= 2, "two shards", WAIT_SECONDS)
         process.kill()
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=600)
     summary = json.loads(done.stdout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -30,6 +31,15 @@ def test_without_an_address_ray_is_the_jobs_own(
     assert [call["address"] for call in calls] == [asked]
     assert len(checked) == (asked == "local")  # to a cluster nodes may come
     assert len(told) == (asked != "local")
+
+
+def test_a_python_that_ray_cannot_start_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("started"))
+    monkeypatch.setattr(sys, "executable", "/my models/.venv/bin/python")
+    refused = pytest.raises(GemError, match=r"/my models/\.venv/bin/python, whose path has a space")
+    with refused, pool.ray_cluster(ReplicaOptions()):
+        pass
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ import ray
 
 from gem_vllm.serving.job import run_embed_job
 from gem_vllm.serving.options import EmbedOptions
-from tests.serving.jobs import REPLICAS, check_all_rows, finished_shards, jsonl, wait_for
+from tests.processes import wait_until
+from tests.serving.jobs import REPLICAS, WAIT_SECONDS, check_all_rows, finished_shards, jsonl
 from tests.serving.processes import replicas_of, standing_still
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -76,15 +77,21 @@ def test_a_second_replica_is_started_where_there_is_work_and_metrics_tell_of_it(
             return
         driver, output = psutil.Process(), Path(options.output)
         with standing_still(replicas_of(driver)):
-            wait_for(lambda: len(replicas_of(driver)) == 2)
+            wait_until(lambda: len(replicas_of(driver)) == 2, "a second replica", WAIT_SECONDS)
         for replica in replicas_of(driver):
             with standing_still([replica]):
                 before = finished_shards(output)
-                wait_for(lambda before=before: finished_shards(output) > before)
+                wait_until(
+                    lambda before=before: finished_shards(output) > before,
+                    "the other replica writes a shard",
+                    WAIT_SECONDS,
+                )
 
     with ThreadPoolExecutor(1) as thread:
         job = thread.submit(run_embed_job, options, one_or_two, see_two_at_work)
-        wait_for(lambda: told_by_metrics() or job.done())
+        wait_until(
+            lambda: told_by_metrics() or job.done(), "the metrics tell of the job", WAIT_SECONDS
+        )
         summary = job.result()
     replicas = [report["replicas"] for report in reports]
     assert (replicas[0], max(replicas)) == (1, 2)

@@ -193,10 +193,10 @@ def test_a_teacher_that_reads_otherwise_is_refused(options: TrainOptions, tmp_pa
     renamed = tmp_path / "renamed"
     shutil.copytree(options.out, renamed)
     file = renamed / "tokenizer.json"
-    vocabulary = json.loads(file.read_text())
+    vocabulary = json.loads(file.read_text(encoding="utf-8"))
     words = vocabulary["model"]["vocab"]
     words["a"], words["b"] = words["b"], words["a"]
-    file.write_text(json.dumps(vocabulary))
+    file.write_text(json.dumps(vocabulary), encoding="utf-8")
     with pytest.raises(GemError, match="has another vocabulary"):
         train(dataclasses.replace(taught, teacher=renamed), progress=False)
     with pytest.raises(GemError, match="--lexical-share"):

@@ -24,7 +24,10 @@ PROCESSES = 2
 
 
 ROOT = Path(__file__).resolve().parents[2]
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}"]
+TORCHRUN = [
+    *("-m", "torch.distributed.run", "--standalone", "--local-addr=localhost"),
+    f"--nproc-per-node={PROCESSES}",
+]
 
 
 def launch(options: TrainOptions, *extra: str) -> subprocess.CompletedProcess[str]:

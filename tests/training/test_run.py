@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gem_vllm.adapter import apply_adapter, extract_adapter
+from gem_vllm.adapter_files import apply_adapter, extract_adapter
 from gem_vllm.config import GemConfig
 from gem_vllm.errors import GemError
 from gem_vllm.reference import ReferenceEmbedder
@@ -24,7 +24,7 @@ from gem_vllm.training.losses import MAX_LOG_TEMPERATURE
 from gem_vllm.training.model_card import command_line
 from gem_vllm.training.options import TrainOptions, compute_dtype
 from gem_vllm.training.run import join_processes, make_trainer, train, training_arguments
-from gem_vllm.training.trainer import WHOLE, whole_checkpoints
+from gem_vllm.training.run_folder import WHOLE, whole_checkpoints
 from gem_vllm.weights import EMBEDDING
 from tests.training.conftest import failing_at, losses, train_until
 

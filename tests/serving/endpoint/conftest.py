@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,11 @@ import psutil
 import pytest
 
 from gem_vllm.machine import free_ports
+from tests.processes import wait_until
 
-START_SECONDS = 300
+START_SECONDS = 900
+# Two replicas take a core each, and no more, whatever the machine has.
+TWO_CORES = '{"CPU": 2}'
 # A tiny model is too quick for tests of what happens in the middle of an answer: they ask for
 # more tokens than it can give in a minute.
 CONTEXT = 16384
@@ -102,13 +104,6 @@ def title(process: psutil.Process) -> str:
         return ""
 
 
-def wait_until(condition: Callable[[], Any], what: str, seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"waited in vain: {what}"
-        time.sleep(0.3)
-
-
 @contextlib.contextmanager
 def running_endpoint(
     model: Path,
@@ -135,7 +130,11 @@ def running_endpoint(
         *options,
     ]
     # Metrics soon enough for a test to wait for; by default Ray takes ten seconds.
-    own = {"OMP_NUM_THREADS": "1", "RAY_metrics_report_interval_ms": "500"}
+    own = {
+        "OMP_NUM_THREADS": "1",
+        "RAY_metrics_report_interval_ms": "500",
+        "RAY_OVERRIDE_RESOURCES": TWO_CORES,
+    }
     variables = {**os.environ, **own, **(environment or {})}
     with log.open("wb") as out:
         process = psutil.Popen(

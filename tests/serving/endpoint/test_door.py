@@ -448,13 +448,16 @@ def test_one_that_leaves_the_queue_makes_room(application: Application) -> None:
             await asyncio.Event().wait()
 
         limits = replace(LIMITS, request_timeout_s=1, max_ongoing_requests=1, max_queued_requests=1)
-        async with client_of(Door(work, limits, None)) as client:
+        door = Door(work, limits, None)
+        async with client_of(door) as client:
             first = asyncio.create_task(client.post("/v1/completions", json={}))
             await started.wait()
             waits = asyncio.create_task(client.post("/v1/completions", json={}))
-            await asyncio.sleep(0.1)
+            while not door._waiting:
+                await asyncio.sleep(0.001)
             waits.cancel()
-            await asyncio.sleep(0.1)
+            await asyncio.wait([waits])
+            assert not door._waiting
             status = (await client.post("/v1/completions", json={})).status_code
             await first
             return status

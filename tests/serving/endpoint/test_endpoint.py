@@ -17,14 +17,14 @@ from typing import Any
 
 import httpx
 import openai
-import psutil
 import pytest
 import torch
 
 from gem_vllm.reference import ReferenceEmbedder
 from gem_vllm.serving.endpoint.keys import new_key
 from gem_vllm.tokens import load_tokenizer
-from tests.serving.endpoint.conftest import LONG, Endpoint, running_endpoint, wait_until
+from tests.processes import alive, wait_until
+from tests.serving.endpoint.conftest import LONG, Endpoint, running_endpoint
 from tests.serving.processes import standing_still
 
 # Of each replica.
@@ -299,7 +299,11 @@ def test_a_client_that_hangs_up_leaves_nothing_running(endpoint: Endpoint) -> No
                 stream = client.stream("POST", "/v1/completions", json=body)
                 answer = await streams.enter_async_context(stream)
                 assert answer.status_code == 200
+            await asyncio.to_thread(wait_until, all_at_work, "all of them have come")
             await take_back(tasks)
+
+    def all_at_work() -> bool:
+        return endpoint.metric("ray_gem_requests_in_progress", task="generate") >= WORKING
 
     gone, late = endpoint.requests("generate", 499), endpoint.requests("generate", 504)
     begun = steps()
@@ -329,7 +333,8 @@ def test_above_the_queue_the_answer_is_429_at_once(endpoint: Endpoint) -> None:
             await take_back(tasks)
         return answers
 
-    answers = asyncio.run(flood())
+    with standing_still(endpoint.engines()):
+        answers = asyncio.run(flood())
     assert [answer.status_code for answer in answers] == [429] * (2 * CAPACITY)
     assert all(1 <= int(answer.headers["retry-after"]) <= 30 for answer in answers)
     wait_until(
@@ -419,5 +424,4 @@ def test_an_endpoint_that_is_to_stop_answers_what_it_has_taken(endpoint: Endpoin
     assert endpoint.process.wait(timeout=60) == 0
     assert endpoint.log.read_text().splitlines()[-1] == "stopped"
     assert "not all requests were answered" not in endpoint.log.read_text()
-    _, alive = psutil.wait_procs(everything, timeout=10)
-    assert not alive
+    wait_until(lambda: not any(alive(each.pid) for each in everything), "everything ends")

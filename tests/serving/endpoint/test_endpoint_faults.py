@@ -19,7 +19,6 @@ import aiohttp
 import httpx
 import numpy as np
 import openai
-import psutil
 import pytest
 import ray
 import yaml
@@ -28,14 +27,8 @@ from ray import serve
 from gem_vllm.machine import free_ports
 from gem_vllm.serving.endpoint.options import APP_NAME, EndpointOptions
 from gem_vllm.serving.ray_settings import own_ray_settings
-from tests.serving.endpoint.conftest import (
-    ENGINE,
-    LONG,
-    Endpoint,
-    running_endpoint,
-    title,
-    wait_until,
-)
+from tests.processes import alive, wait_until
+from tests.serving.endpoint.conftest import ENGINE, LONG, Endpoint, running_endpoint, title
 
 pytestmark = pytest.mark.slow
 
@@ -119,8 +112,10 @@ def test_a_replica_is_lost_and_no_client_sees_it(killed: str, endpoint: Endpoint
         wait_until(lambda: len(endpoint.replicas()) == 2, "a new one starts")
         wait_until(lambda: replicas_alive(endpoint) == 2, "it runs", 120)
     assert not failures(results), failures(results)[:3]
-    _, alive = psutil.wait_procs([replica, *below], timeout=30)
-    assert not alive, "what the lost replica had started is gone too"
+    wait_until(
+        lambda: not any(alive(each.pid) for each in (replica, *below)),
+        "what the lost replica had started is gone too",
+    )
 
 
 def test_five_times_too_much_does_not_slow_what_is_taken(endpoint: Endpoint) -> None:
