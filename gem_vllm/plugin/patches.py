@@ -496,7 +496,7 @@ LEDGER = (
     ),
     Patch(
         name="offline-pooling",
-        target="vllm.entrypoints.pooling.offline.PoolingOfflineMixin.__init__",
+        target="vllm.entrypoints.pooling.offline.PoolingOfflineMixin",
         why="LLM.encode, LLM.embed and LLM.score look at the runner type, not at the tasks that "
         "the engine supports; and they take every output for one of theirs, also of requests that "
         "LLM.enqueue left in the engine.",
