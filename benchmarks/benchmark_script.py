@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import shlex
@@ -118,8 +117,6 @@ def write_result(
     name: str,
     result: dict[str, Any],
     page: Callable[[dict[str, Any]], str],
-    *,
-    narrow: bool = False,
 ) -> None:
     """Write ``<name>.json`` and then ``<name>.md``; what was there stays until each is whole.
 
@@ -128,13 +125,8 @@ def write_result(
         name: of both files.
         result: as JSON.
         page: makes the Markdown of it.
-        narrow: an indent of one, and ASCII alone, as the script's kept results have it; else as
-            `write_json` does.
     """
-    if narrow:
-        write_whole(out / f"{name}.json", json.dumps(result, indent=1) + "\n")
-    else:
-        write_json(out / f"{name}.json", result)
+    write_json(out / f"{name}.json", result)
     write_whole(out / f"{name}.md", page(result))
 
 

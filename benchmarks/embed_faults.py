@@ -75,7 +75,7 @@ def main() -> None:
             print(f"{name} ...", flush=True)
             todo()
             print(json.dumps((result["rounds"] or [result["clean"]])[-1]), flush=True)
-            write_result(args.out, "embed_faults", result, markdown, narrow=True)
+            write_result(args.out, "embed_faults", result, markdown)
 
 
 def rounds_to_do(

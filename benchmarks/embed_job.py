@@ -61,7 +61,7 @@ def main() -> None:
         print(f"{RATE}{bare_loop(args.checkpoint, texts)}", flush=True)
         return
     result = measure(args, texts)
-    write_result(args.out, "embed_job", result, markdown, narrow=True)
+    write_result(args.out, "embed_job", result, markdown)
     print(markdown(result))
 
 

@@ -73,7 +73,7 @@ def main() -> None:
             "rows_per_gpu": args.rows_per_gpu,
             "about": of_run,
         }
-    write_result(args.out, "embed_scaling", result, markdown, narrow=True)
+    write_result(args.out, "embed_scaling", result, markdown)
     print(markdown(result))
 
 

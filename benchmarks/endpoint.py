@@ -69,7 +69,7 @@ def main() -> None:
     for part in args.only:
         with terminated_like_interrupted(), ExitStack() as stack:
             Part(part, args, stack).measure(result)
-        write_result(args.out, "endpoint", result, markdown, narrow=True)
+        write_result(args.out, "endpoint", result, markdown)
     for name, value in ratios(result).items():
         print(f"{name:>42}: {value:.3f}")
     print(f"written: {file} and .md")

@@ -51,7 +51,7 @@ def main() -> None:
     with terminated_like_interrupted(), ExitStack() as stack:
         result = Run(args, cores, stack).measure()
     name = "engine" + "-cuda" * has_cuda() + "-quick" * args.quick
-    write_result(args.out, name, result, markdown, narrow=True)
+    write_result(args.out, name, result, markdown)
     for key, value in ratios(result).items():
         print(f"{key:>15}: {value:.3f}")
     print(f"written: {args.out / name}.json and .md")
