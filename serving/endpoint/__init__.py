@@ -14,6 +14,7 @@ A request goes from the proxy of a node (HAProxy) to a replica, which the router
 | `engine` | Ray's vLLM engine, without what a local checkpoint does not need |
 | `keys` | API keys |
 | `metrics` | counts by task, and the whole cluster's metrics on one page |
+| `lasting_gauge` | a gauge that stays on that page |
 | `options` | what an endpoint is asked to be |
 | `operate` | start, watch, drain and stop an endpoint (`gem-vllm serve`) |
 """

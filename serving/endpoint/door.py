@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from fastapi.responses import Response
-from ray.util.metrics import Gauge
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gem_vllm.serving.endpoint import metrics
 from gem_vllm.serving.endpoint.exchange import Answer, Connection, Refused, come_back
 from gem_vllm.serving.endpoint.keys import KeyFile
+from gem_vllm.serving.endpoint.lasting_gauge import LastingGauge
 from gem_vllm.serving.endpoint.request_facts import count_inputs, parse_body
 
 ABORT_GRACE_S = 5.0
@@ -58,7 +58,7 @@ class Door:
         self._keys = None if api_keys is None else KeyFile(api_keys)
         self._turns = asyncio.Semaphore(limits.max_ongoing_requests)
         self._waiting = 0
-        self._waiting_gauge = Gauge(
+        self._waiting_gauge = LastingGauge(
             "gem_requests_waiting", "Requests that wait at a replica for their turn."
         )
         self._metrics = metrics.ClusterMetrics()

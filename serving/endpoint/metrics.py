@@ -16,9 +16,10 @@ from collections.abc import Iterable
 
 import httpx
 import ray
-from ray.util.metrics import Counter, Gauge, Histogram
+from ray.util.metrics import Counter, Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gem_vllm.serving.endpoint.lasting_gauge import LastingGauge
 from gem_vllm.serving.endpoint.request_facts import OTHER, task_of
 
 logger = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ class CountRequests:
             boundaries=LATENCY_BOUNDARIES,
             tag_keys=("task",),
         )
-        self._in_progress = Gauge(
+        self._in_progress = LastingGauge(
             "gem_requests_in_progress",
             "Requests that were taken and are not answered yet, waiting ones included.",
             tag_keys=("task",),

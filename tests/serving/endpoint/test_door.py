@@ -94,9 +94,9 @@ def counted(
         def observe(self, value: float, tags: dict[str, str]) -> None:
             assert value >= 0
 
-    for name in ("Counter", "Gauge", "Histogram"):
+    for name in ("Counter", "LastingGauge", "Histogram"):
         monkeypatch.setattr(metrics, name, Metric)
-    monkeypatch.setattr(door_module, "Gauge", Metric)
+    monkeypatch.setattr(door_module, "LastingGauge", Metric)
     monkeypatch.setattr(door_module, "ABORT_GRACE_S", 0.1)
     before = metrics.open_requests()
     yield counts

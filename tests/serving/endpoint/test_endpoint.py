@@ -299,7 +299,11 @@ def test_a_client_that_hangs_up_leaves_nothing_running(endpoint: Endpoint) -> No
                 stream = client.stream("POST", "/v1/completions", json=body)
                 answer = await streams.enter_async_context(stream)
                 assert answer.status_code == 200
+            await asyncio.to_thread(wait_until, all_at_work, "all of them have come")
             await take_back(tasks)
+
+    def all_at_work() -> bool:
+        return endpoint.metric("ray_gem_requests_in_progress", task="generate") >= WORKING
 
     gone, late = endpoint.requests("generate", 499), endpoint.requests("generate", 504)
     begun = steps()
