@@ -29,11 +29,11 @@ from typing import Any
 
 from ablation_report import markdown
 from ablation_rows import GROUPS, RECIPE, Row
-from benchmark_script import add_out, check_same_settings, hardware, run_script, write_whole
+from benchmark_script import add_out, check_same_settings, hardware, run_script
 from development import CheckpointEmbedder, Prefixes, development_scores
 
 from gem_vllm.errors import GemError
-from gem_vllm.folders import content_sha256, read_json, write_json
+from gem_vllm.folders import content_sha256, read_json, write_json, write_whole
 from gem_vllm.machine import has_cuda
 from gem_vllm.training.data import open_text
 from gem_vllm.training.model_card import command_line, source_commit

@@ -19,7 +19,7 @@ import psutil
 
 from gem_vllm.config import GemConfig
 from gem_vllm.errors import GemError
-from gem_vllm.folders import read_json, write_json
+from gem_vllm.folders import read_json, write_json, write_whole
 from gem_vllm.machine import cpu_name, has_cuda
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -128,13 +128,6 @@ def write_result(
     """
     write_json(out / f"{name}.json", result)
     write_whole(out / f"{name}.md", page(result))
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write a text; what was there stays until it is whole."""
-    part = file.with_name(f"{file.name}.tmp")
-    part.write_text(text, encoding="utf-8")
-    part.replace(file)
 
 
 def in_turn(peers: Iterable[T], round_: int) -> list[T]:

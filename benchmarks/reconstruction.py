@@ -30,14 +30,13 @@ from benchmark_script import (
     hardware,
     run_script,
     table_row,
-    write_whole,
 )
 from tqdm import tqdm
 from transformers import AutoTokenizer
 from wikipedia_texts import PROMPTS, read_paragraphs
 
 from gem_vllm.errors import GemError
-from gem_vllm.folders import content_sha256, read_json, write_json
+from gem_vllm.folders import content_sha256, read_json, write_json, write_whole
 from gem_vllm.reference import ReferenceEmbedder
 from gem_vllm.training.model_card import command_line, source_commit
 from gem_vllm.training.options import TrainOptions

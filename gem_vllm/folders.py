@@ -41,8 +41,13 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def write_json(file: Path, value: dict[str, Any]) -> None:
     """Write ``value`` with the keys in its own order; what was there stays until it is whole."""
+    write_whole(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a text; what was there stays until it is whole."""
     part = file.with_name(f"{file.name}.tmp")
-    part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.write_text(text, encoding="utf-8")
     part.replace(file)
 
 
